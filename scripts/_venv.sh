@@ -1,0 +1,36 @@
+# Sourced by test.sh and quickstart.sh: make_venv EXTRA leaves the repository's .venv installed with that extra.
+
+# Says early what a failure deep inside pip would not.
+check_python() {
+    local python=$1
+    if ! command -v "$python" >/dev/null 2>&1; then
+        echo "error: '$python' not found. Set PYTHON to a Python >= 3.10, e.g. PYTHON=python3.12 $0" >&2
+        return 1
+    fi
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: $("$python" --version 2>&1) is too old: Python >= 3.10 is needed. Set PYTHON, e.g. PYTHON=python3.12 $0" >&2
+        return 1
+    fi
+}
+
+# make_venv EXTRA: runs in the repository root.
+make_venv() {
+    local extra=$1 python=${PYTHON:-python3}
+    # A half-made .venv (no pip in it) is made again; a good one is kept, whatever python3 now is.
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        check_python "$python"
+        "$python" -m venv --clear .venv
+    fi
+    # Skip pip where nothing changed since this extra was last installed: the second run of a command starts at once.
+    local stamp=.venv/.installed-$extra
+    if [[ -f $stamp && $stamp -nt setup.cfg && $stamp -nt pyproject.toml && $stamp -nt constraints.txt ]]; then
+        return 0
+    fi
+    # torch comes first, alone and by its exact pin: a CPU build (2.13.0+cpu) that satisfies the pin is then taken or kept. Left to
+    # the resolver as a dependency, pip may choose another release and with it gigabytes of CUDA packages.
+    local torch_pin
+    torch_pin=$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+    .venv/bin/python -m pip install "$torch_pin"
+    .venv/bin/python -m pip install -c constraints.txt -e ".[$extra]"
+    touch "$stamp"
+}

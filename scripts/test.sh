@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes .venv with the test extras, then runs ruff and pytest. Arguments go to pytest: scripts/test.sh -m slow -k resume
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/_venv.sh
+make_venv test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest "$@"
