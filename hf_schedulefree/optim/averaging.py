@@ -1,0 +1,74 @@
+"""The schedule-free mathematics, written once; every faster path is tested against this file.
+
+Source: Defazio et al. 2024, "The Road Less Scheduled", https://arxiv.org/abs/2405.15682, equations 2 to 4:
+
+    y_t     = (1 - beta) z_t + beta x_t                 gradients are taken at y
+    z_{t+1} = z_t - lr_t d_t                            d: the base optimizer's direction, weight decay at y included
+    x_{t+1} = (1 - c_{t+1}) x_t + c_{t+1} z_{t+1}       x is evaluated, saved and published
+
+Only y and z are stored. Eliminating x gives both readings of the pair and one update that never forms x:
+
+    x       = y + (1 - 1/beta) (z - y)
+    y       = x + (1 - beta) (z - x)
+    y_{t+1} = (1 - c) y_t + c z_t + lr (beta (1 - c) - 1) d_t
+
+`k` counts finished steps, so the first step is taken at k = 0. Scalars are Python floats (double precision), tensors
+are in the dtype of the parameter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def warmup_factor(k: int, warmup_steps: int) -> float:
+    """Linear warm-up: (k + 1) / warmup_steps for the first `warmup_steps` steps, 1.0 from then on."""
+    return (k + 1) / warmup_steps if k < warmup_steps else 1.0
+
+
+def averaging_weight(k: int, lr_max: float, r: float, weight_lr_power: float, weight_sum: float) -> tuple[float, float]:
+    """The weight c_{k+1} with which z_{k+1} enters the average x_{k+1} (paper, section 3: c = w_{k+1} / sum of all w).
+
+    Args:
+        k: finished steps, >= 0.
+        lr_max: the largest learning rate used so far, this step included.
+        r: power of the polynomial weighting; 0 weighs all steps alike.
+        weight_lr_power: power of `lr_max` in the weighting; a warm-up counts less the larger it is.
+        weight_sum: the sum of the weights of all earlier steps.
+
+    Returns:
+        c in [0, 1], and the new `weight_sum`. c is 0.0 while every weight so far is zero (a learning rate of zero).
+    """
+    weight = (k + 1) ** r * lr_max**weight_lr_power
+    weight_sum += weight
+    return (weight / weight_sum if weight_sum else 0.0), weight_sum
+
+
+def x_from_y(y: Tensor, z: Tensor, beta: float) -> Tensor:
+    """The averaged weights x = y + (1 - 1/beta)(z - y), as a new tensor in the dtype of `y`.
+
+    Subtraction, product and sum are three separate, correctly rounded operations (no fused multiply-add), and half
+    precision is computed in float32 and rounded once: x is the same bits on every device, for the same y and z.
+    """
+    return _extrapolate(y, z, 1 - 1 / beta)
+
+
+def y_from_x(x: Tensor, z: Tensor, beta: float) -> Tensor:
+    """The gradient point y = x + (1 - beta)(z - x), as a new tensor; the inverse of `x_from_y` up to rounding only."""
+    return _extrapolate(x, z, 1 - beta)
+
+
+def _extrapolate(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    wide = torch.promote_types(start.dtype, torch.float32)
+    start_wide = start.to(wide)
+    return end.to(wide).sub(start_wide).mul_(weight).add_(start_wide).to(start.dtype)
+
+
+def update_(
+    y: Sequence[Tensor], z: Sequence[Tensor], direction: Sequence[Tensor], *, lr: float, beta: float, c: float
+) -> None:
+    """One schedule-free step in place, over lists of tensors of equal shapes: y_t, z_t become y_{t+1}, z_{t+1}."""
+    torch._foreach_lerp_(y, z, c)
+    torch._foreach_add_(y, direction, alpha=lr * (beta * (1 - c) - 1))
+    torch._foreach_add_(z, direction, alpha=-lr)

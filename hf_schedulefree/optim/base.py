@@ -1,0 +1,331 @@
+"""`ScheduleFreeOptimizer`: modes, state, validation and the skeleton of a step, shared by every optimizer here."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["for-loop", "foreach"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("for-loop", "foreach")
+
+# The temporaries of one multi-tensor call hold at most this many elements (or one tensor, if that is larger).
+_CHUNK_ELEMENTS = 2**22
+
+# Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
+_FRESH_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
+
+# `parked_k` of a group whose y is in the model, not in the state.
+_NOT_PARKED = -1
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+# option -> (is it valid, the range in words); each optimizer adds its own options.
+_OPTION_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "weight_decay": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "warmup_steps": (lambda v: _finite(v) and v >= 0 and v == int(v), "a whole number of steps >= 0"),
+    "r": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "weight_lr_power": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "eps": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "momentum": (lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1); at 0 the average x could not be recovered"),
+    "betas": (
+        lambda v: len(v) == 2 and all(map(_finite, v)) and 0 < v[0] < 1 and 0 <= v[1] < 1,
+        "(beta1, beta2) with beta1 in (0, 1) and beta2 in [0, 1); at beta1 = 0 the average x could not be recovered",
+    ),
+}
+
+
+class ScheduleFreeOptimizer(torch.optim.Optimizer):
+    """Base of the schedule-free optimizers (https://arxiv.org/abs/2405.15682); see `averaging` for the equations.
+
+    The model's parameters hold y in train mode (gradients are taken there) and the averaged weights x in eval mode
+    (evaluate, save and publish these). As with the `schedulefree` package, call `.train()` before training and
+    `.eval()` before reading the weights; an optimizer starts in eval mode.
+
+    `.eval()` parks y in the state (one copy of the trainable parameters) and `.train()` brings back the very same bits.
+    A `state_dict` taken in eval mode contains the parked y, so the return is exact after a checkpoint, too.
+
+    A subclass gives its direction (`_directions`), its learning-rate factor (`_lr_factor`) and the name of its
+    averaging beta (`_beta`). It never touches x, y or z.
+
+    State per parameter, created at the parameter's first gradient: `z` (shape and dtype of the parameter), what the
+    subclass adds, and `y` while parked. Group keys are those of `schedulefree` 1.4.1 where the meaning is the same, and
+    `state_dict`s load in both directions.
+
+    Args:
+        params: parameters or parameter groups; a group may override every option below.
+        options: the group defaults (lr, weight_decay, warmup_steps, r, weight_lr_power and the subclass's own).
+        implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations) or None (the fastest that
+            the tensors allow). All give the same numbers within rounding.
+        foreach: accepted for code written for `schedulefree`: True means implementation="foreach", False "for-loop".
+
+    Raises:
+        ValueError: an option is out of range; the message names it, its value and the range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        options: dict[str, Any],
+        *,
+        implementation: Implementation | None = None,
+        foreach: bool | None = None,
+    ):
+        if foreach is not None:
+            if implementation is not None:
+                raise ValueError(
+                    f"implementation={implementation!r} and foreach={foreach!r} were both given; give one of them"
+                )
+            implementation = "foreach" if foreach else "for-loop"
+        if implementation is not None and implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={implementation!r} is unknown; expected None or one of {IMPLEMENTATIONS}")
+        self.implementation = implementation
+        self._validate(options)
+        super().__init__(params, {**options, **_FRESH_COUNTERS, "train_mode": False, "parked_k": _NOT_PARKED})
+
+    # What a subclass gives
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        """The interpolation factor between z (0) and x (1) at which gradients are taken."""
+        raise NotImplementedError
+
+    def _lr_factor(self, group: dict[str, Any]) -> float:
+        """The factor on the group's `lr` at this step; by default the linear warm-up."""
+        return averaging.warmup_factor(group["k"], group["warmup_steps"])
+
+    def _directions(self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]) -> list[Tensor]:
+        """The base optimizer's directions d, without weight decay; updates its own state, leaves `grads` alone."""
+        raise NotImplementedError
+
+    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The base optimizer's state for one parameter, besides `z`."""
+        return {}
+
+    # Modes. A group's `train_mode` is True while the model holds its y, False while it holds its x, and None in the
+    # middle of a switch: a switch that was interrupted (Ctrl-C) is completed by the next call, in either direction.
+
+    @property
+    def mode(self) -> Literal["train", "eval"]:
+        """ "eval" while the model holds x, else "train"."""
+        return "eval" if all(group["train_mode"] is False for group in self.param_groups) else "train"
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Show x in the parameters and park y. Does nothing in eval mode; creates no state."""
+        for group in self.param_groups:
+            if group["train_mode"] is False:
+                continue
+            group["train_mode"] = None
+            for p, state in self._started(group):
+                if "y" not in state:
+                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                p.copy_(averaging.x_from_y(state["y"], state["z"], self._beta(group)))
+            group["parked_k"] = group["k"]
+            group["train_mode"] = False
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Bring back exactly the y that `eval` parked. Does nothing in train mode; creates no state.
+
+        If the parameters do not hold x any more (other weights were loaded meanwhile), these weights are kept and the
+        optimizer starts anew from them, with a warning.
+        """
+        if self.weights_replaced():
+            logger.warning(
+                "The weights were replaced while the optimizer was in eval mode: it starts anew from them "
+                "(x = y = z, averaging and second moment reset)."
+            )
+            self.restart()
+        for group in self.param_groups:
+            if group["train_mode"] is True:
+                continue
+            if group["train_mode"] is False:
+                for p, state in self._started(group):
+                    if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
+                        state["y"] = averaging.y_from_x(p, state["z"], self._beta(group))
+            group["train_mode"] = None
+            for p, state in self._started(group):
+                if "y" in state:
+                    p.copy_(state["y"])
+            for _, state in self._started(group):
+                state.pop("y", None)
+            group["parked_k"] = _NOT_PARKED
+            group["train_mode"] = True
+
+    @torch.no_grad()
+    def weights_replaced(self) -> bool:
+        """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z."""
+        return any(
+            not torch.equal(p, averaging.x_from_y(state["y"], state["z"], self._beta(group)))
+            for group in self.param_groups
+            if group["train_mode"] is False
+            for p, state in self._started(group)
+            if "y" in state
+        )
+
+    def restart(self) -> None:
+        """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
+        self.state.clear()
+        for group in self.param_groups:
+            group.update(_FRESH_COUNTERS, parked_k=_NOT_PARKED)
+
+    # State
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Create the state of every trainable parameter that has none yet, as if its first gradient had just come."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._init_state(group, p)
+
+    def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if "z" not in state:
+            state["z"] = p.detach().clone(memory_format=torch.preserve_format)
+            state.update(self._new_state(p))
+            if group["train_mode"] is False:
+                state["y"] = state["z"].clone(memory_format=torch.preserve_format)
+                group["parked_k"] = group["k"]
+        return state
+
+    def _started(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The parameters of a group that have had a gradient, with their state (reading creates none)."""
+        for p in group["params"]:
+            state = self.state.get(p)
+            if state and "z" in state:
+                yield p, state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["foreach"] = self.implementation != "for-loop"
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "implementation": self.implementation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.pop("foreach", None)  # how to compute is this object's choice, not the checkpoint's
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+            # A y parked at another step was left there by an optimizer that does not know it.
+            if group["train_mode"] or group["parked_k"] != group["k"]:
+                for _, param_state in self._started(group):
+                    param_state.pop("y", None)
+                group["parked_k"] = _NOT_PARKED
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
+        self._validate({key: value for key, value in param_group.items() if key != "params"})
+        if self.param_groups:
+            param_group.setdefault("train_mode", self.mode == "train")
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                raise ValueError(f"{type(self).__name__} takes real parameters; got one of dtype {p.dtype}")
+
+    def _validate(self, options: dict[str, Any]) -> None:
+        for name, value in options.items():
+            if name not in _OPTION_RANGES:
+                continue
+            is_valid, expected = _OPTION_RANGES[name]
+            try:
+                valid = is_valid(value)
+            except TypeError:
+                valid = False
+            if not valid:
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} is out of range; expected {expected}")
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; parameters without a gradient are left alone, and gradients are not overwritten.
+
+        Args:
+            closure: reevaluates the model at y and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: in eval mode, or for sparse gradients.
+        """
+        if self._is_dry_run():
+            self.init_state()
+            return None
+        if not all(group["train_mode"] is True for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called in eval mode, where the model holds the averaged weights x. "
+                "Call optimizer.train() before computing gradients, and optimizer.eval() before evaluating or saving."
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        lr = float(group["lr"]) * self._lr_factor(group)
+        group["scheduled_lr"] = lr  # the rate this step really used, for logging
+        group["lr_max"] = max(lr, group["lr_max"])
+        c, group["weight_sum"] = averaging.averaging_weight(
+            group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
+        )
+        beta = self._beta(group)
+        for params in self._chunks([p for p in group["params"] if p.grad is not None]):
+            grads = [p.grad for p in params]
+            states = [self._init_state(group, p) for p in params]
+            directions = self._directions(group, grads, states)
+            if group["weight_decay"] != 0:  # decay is taken at y
+                if directions is grads:
+                    directions = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                else:
+                    torch._foreach_add_(directions, params, alpha=group["weight_decay"])
+            averaging.update_(params, [state["z"] for state in states], directions, lr=lr, beta=beta, c=c)
+        group["k"] += 1
+
+    def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Split a list of parameters into those of one multi-tensor call."""
+        limit = 0 if self.implementation == "for-loop" else _CHUNK_ELEMENTS
+        chunk: list[Tensor] = []
+        elements = 0
+        for p in params:
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+            if chunk and elements + p.numel() > limit:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(p)
+            elements += p.numel()
+        if chunk:
+            yield chunk
+
+    def _is_dry_run(self) -> bool:
+        """Whether this is torch.distributed.checkpoint's way to create the state: a step at lr 0 on zero gradients.
+
+        It must neither raise in eval mode nor count as a step.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)

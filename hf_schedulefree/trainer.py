@@ -1,0 +1,213 @@
+"""`ScheduleFreeMixin` and the Trainers made with it: x to every reader, y to every gradient, one warm-up."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+from hf_schedulefree import registry, weights
+from hf_schedulefree.rng import generators_restored
+
+logger = logging.get_logger(__name__)
+
+# The callback events that read the model as a result: they see x. During `train()` all others see y.
+EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_save", "on_push_begin", "on_train_end"})
+
+# Schedulers that leave the rate alone after the warm-up; "linear" is the Trainer's default and counts as unset.
+_CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+
+
+class ScheduleFreeMixin:
+    """Put in front of any `transformers.Trainer` class: `class MySFTTrainer(ScheduleFreeMixin, SFTTrainer)`.
+
+    With a schedule-free optimizer, the model shows the averaged weights x to everyone who reads it (evaluate, predict,
+    every save, push_to_hub, the callbacks in `EVENTS_AT_X`, any code after `train()`) and y while it is trained; no
+    reader changes the training by a bit. `warmup_steps` is applied once, by the optimizer, and the default scheduler is
+    constant. With any other optimizer the class behaves as the Trainer that it extends.
+
+    Raises:
+        ValueError: at construction, if `optim_args` are malformed or an optimizer option is out of range.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._training = False  # inside train(); `is_in_train` stays True after an exception
+        self._warmup_steps: int | None = None  # what this Trainer last gave the optimizer
+        super().__init__(*args, **kwargs)
+        spec = registry.spec_for(self.args)
+        if spec is not None:
+            spec.kwargs(self.args)
+        self._give_callbacks_their_weights()
+
+    # Which weights are shown
+
+    @property
+    def _switch(self) -> weights.WeightSwitch | None:
+        """The switch between x and y; None while there is no optimizer, or a plain one."""
+        return weights.switch_for(self.model_wrapped, self.optimizer)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Show x in `self.model` for the length of a `with` block, e.g. to sample text in a callback.
+
+        Outside, the model and (during training) the random number generators are bit for bit as before.
+        """
+        keep_generators = generators_restored() if self._training and self._switch else contextlib.nullcontext()
+        with keep_generators, weights.averaged_weights(self.model_wrapped, self.optimizer):
+            yield
+
+    @contextlib.contextmanager
+    def training_weights(self) -> Iterator[None]:
+        """Show y, at which gradients are taken, for the length of a `with` block, e.g. to compare it with x."""
+        with weights.training_weights(self.model_wrapped, self.optimizer):
+            yield
+
+    def _give_callbacks_their_weights(self) -> None:
+        """Around each callback event, show the weights that it is meant to see."""
+        call_event = self.callback_handler.call_event
+
+        def call_event_at_its_weights(event: str, *args: Any, **kwargs: Any) -> Any:
+            if not self._training or self._switch is None:
+                return call_event(event, *args, **kwargs)
+            with self.averaged_weights() if event in EVENTS_AT_X else self.training_weights():
+                return call_event(event, *args, **kwargs)
+
+        self.callback_handler.call_event = call_event_at_its_weights
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        # However training ends (also by an exception or Ctrl-C), the model is left at x.
+        if not resume_from_checkpoint and self._switch is not None and self._switch.weights_replaced():
+            logger.warning("Other weights were loaded since the last train(): the optimizer starts anew from them.")
+            self._switch.restart()
+        self._training = True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._training = False
+            if self._switch is not None:
+                self._switch.show_x()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # The callbacks before the first step see y as well, after a resume and in a second train() too.
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._switch is not None:
+            self._switch.show_y()
+        return prepared
+
+    def _load_best_model(self) -> None:
+        # The file holds x and nothing else belongs to it any more: the optimizer starts anew from it.
+        if self._switch is None:
+            return super()._load_best_model()
+        self._switch.show_x()
+        super()._load_best_model()
+        self._switch.restart()
+        logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # x, y and z must belong together: an optimizer of another step would move the model away.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._switch is not None and self._switch.weights_replaced():
+            raise ValueError(
+                f"The weights in {checkpoint} are not those that its optimizer state belongs to (or the model was "
+                "built with another dtype than it was trained with). Resume from another checkpoint, or train from "
+                "these weights anew by loading them with from_pretrained."
+            )
+
+    # Readers
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # Metrics and on_evaluate belong to the weights that will be published.
+        with self.averaged_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        # As evaluate.
+        with self.averaged_weights():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> Any:
+        # What is saved is what was evaluated.
+        with self.averaged_weights():
+            return super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        # Weights, optimizer state and the mode recorded in it are written in one mode, so they agree on resume.
+        with self.averaged_weights():
+            return super()._save_checkpoint(*args, **kwargs)
+
+    def _tune_save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        # Ray Tune's checkpoints: as _save_checkpoint.
+        with self.averaged_weights():
+            return super()._tune_save_checkpoint(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        # It saves, writes the card and uploads, all of one model.
+        with self.averaged_weights():
+            return super().push_to_hub(*args, **kwargs)
+
+    # Learning rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        # Warm-up happens once, in the optimizer; the default (linear) decay would undo what schedule-free is for.
+        if self._switch is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        given = (self.args.lr_scheduler_type, self.args.warmup_steps)
+        scheduler_type = SchedulerType(self.args.lr_scheduler_type)
+        warmup_in_optimizer = self._warm_up_in_optimizer(self.args.get_warmup_steps(num_training_steps))
+        if scheduler_type == SchedulerType.LINEAR:
+            logger.info("Schedule-free: the default lr_scheduler_type 'linear' is replaced by 'constant'.")
+        if scheduler_type not in _CONSTANT_SCHEDULERS:
+            logger.warning(
+                f"Schedule-free optimizers need no schedule; lr_scheduler_type={scheduler_type.value!r} is honoured."
+            )
+        elif warmup_in_optimizer:
+            scheduler_type = SchedulerType.CONSTANT
+        else:
+            scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        try:
+            self.args.lr_scheduler_type = scheduler_type
+            self.args.warmup_steps = 0 if warmup_in_optimizer else self.args.warmup_steps
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_type, self.args.warmup_steps = given
+
+    def _warm_up_in_optimizer(self, warmup_steps: int) -> bool:
+        """Give the resolved number of warm-up steps to the optimizer; False if it knows no warm-up.
+
+        A number that the user gave to an optimizer passed in `optimizers=` stands, and so does that of a started run.
+        """
+        groups = self._switch.param_groups
+        if not all("warmup_steps" in group for group in groups):
+            return False
+        for group in groups:
+            own = group["warmup_steps"]
+            if group.get("k", 0) > 0 or own == warmup_steps:
+                continue
+            if own >= 1 and own != self._warmup_steps:
+                if warmup_steps:
+                    logger.warning(f"The optimizer's own warmup_steps={own} stands; that of the arguments is ignored.")
+                continue
+            group["warmup_steps"] = warmup_steps
+        self._warmup_steps = warmup_steps
+        return True
+
+    def _get_learning_rate(self) -> float:
+        # The rate that the last step really used, warm-up included; the scheduler does not know it.
+        switch = self._switch
+        group = switch.param_groups[0] if switch is not None else {}
+        if group.get("k", 0) > 0 and "scheduled_lr" in group:
+            return float(group["scheduled_lr"])
+        return super()._get_learning_rate()
+
+
+class ScheduleFreeTrainer(ScheduleFreeMixin, Trainer):
+    """`transformers.Trainer` for schedule-free optimizers; see `ScheduleFreeMixin`."""
+
+
+class ScheduleFreeSeq2SeqTrainer(ScheduleFreeMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` for schedule-free optimizers; see `ScheduleFreeMixin`."""
