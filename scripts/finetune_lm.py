@@ -251,7 +251,7 @@ def load_file(flag: str, path: str) -> Dataset:
     options = {"keep_linebreaks": True} if loader == "text" else {}
     try:
         return load_dataset(loader, data_files=str(file), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # the latter: no rows, no such format
         raise ValueError(f"--{flag} {path!r} cannot be read as {loader}: {error.__cause__ or error}") from error
 
 
