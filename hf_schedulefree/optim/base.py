@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging
+from hf_schedulefree.optim import averaging, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if implementation is not None and implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is unknown; expected None or one of {IMPLEMENTATIONS}")
         self.implementation = implementation
+        self._forget_parts()
         self._validate(options)
         super().__init__(params, {**options, **_FRESH_COUNTERS, "train_mode": False, "parked_k": _NOT_PARKED})
 
@@ -167,20 +168,30 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def weights_replaced(self) -> bool:
-        """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z."""
-        return any(
-            not torch.equal(p, averaging.x_from_y(state["y"], state["z"], self._beta(group)))
-            for group in self.param_groups
-            if group["train_mode"] is False
+        """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z.
+
+        Of sharded parameters (`DTensor`) each process compares its own shard; the answer is the same in all of them.
+        """
+        groups = [group for group in self.param_groups if group["train_mode"] is False]
+        if not groups:
+            return False
+        replaced = any(
+            not torch.equal(
+                sharding.local(p),
+                averaging.x_from_y(sharding.local(state["y"]), sharding.local(state["z"]), self._beta(group)),
+            )
+            for group in groups
             for p, state in self._started(group)
             if "y" in state
         )
+        return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
 
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
         self.state.clear()
         for group in self.param_groups:
             group.update(_FRESH_COUNTERS, parked_k=_NOT_PARKED)
+        self._forget_parts()
 
     # State
 
@@ -230,6 +241,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                 for _, param_state in self._started(group):
                     param_state.pop("y", None)
                 group["parked_k"] = _NOT_PARKED
+        self._forget_parts()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
@@ -280,9 +292,48 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        for index, group in enumerate(self.param_groups):
+            if group["params"]:
+                self._recall_counters(index, group)
+                self._step_group(group)
+                self._keep_counters(index, group)
         return loss
+
+    # DeepSpeed ZeRO-3 calls step() once per sub-group: `params` then holds one part of a group, is empty in the other
+    # groups, and each part has made its own number of steps. As soon as a group turns out to be stepped in parts, the
+    # counters of each part are kept with its parameters, and the group shows those of the part stepped last.
+
+    def _forget_parts(self) -> None:
+        self._stepped: dict[int, list[Tensor]] = {}  # index of a group -> the parameters that it stepped last
+        self._before: dict[int, dict[str, float]] = {}  # index of a group -> its counters before its first step here
+        self._in_parts: set[int] = set()  # the groups that are stepped in parts
+
+    def _recall_counters(self, index: int, group: dict[str, Any]) -> None:
+        """Before a step: give the group the counters of the parameters that it holds now."""
+        own = next((state.get("counters") for _, state in self._started(group)), None)
+        stepped = self._stepped.get(index)
+        if stepped is None:
+            self._before[index] = {name: group[name] for name in _FRESH_COUNTERS}
+        elif index not in self._in_parts and stepped[0] is not group["params"][0]:
+            if set(map(id, stepped)).isdisjoint(map(id, group["params"])):
+                self._in_parts.add(index)
+                self._store_counters(group, stepped)
+        if own is not None:
+            self._in_parts.add(index)
+            group.update(own)
+        elif index in self._in_parts:
+            group.update(self._before[index])
+
+    def _keep_counters(self, index: int, group: dict[str, Any]) -> None:
+        """After a step: keep the group's counters with its parameters, if the group is stepped in parts."""
+        self._stepped[index] = list(group["params"])
+        if index in self._in_parts:
+            self._store_counters(group, group["params"])
+
+    def _store_counters(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        for p in params:
+            if "z" in self.state.get(p, ()):
+                self.state[p]["counters"] = {name: group[name] for name in _FRESH_COUNTERS}
 
     def _step_group(self, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) * self._lr_factor(group)
