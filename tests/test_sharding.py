@@ -1,4 +1,4 @@
-"""The optimizer among torch's distributed tools: groups stepped in parts, the state-dict functions, sharded parameters."""
+"""The optimizer among torch's distributed tools: groups stepped in parts, state-dict functions, sharded parameters."""
 
 import copy
 
@@ -31,7 +31,7 @@ def give_gradients(step, *lists):
 
 
 class InParts:
-    """Steps an optimizer as DeepSpeed ZeRO-3 does: `params` holds one sub-group in one group, and is empty elsewhere."""
+    """Steps an optimizer as DeepSpeed ZeRO-3 does: one sub-group in one group's `params`, all others empty."""
 
     def __init__(self, params):
         self.parts = [(0, [params[0]]), (0, params[1:3]), (1, [params[3]]), (1, [params[4]])]
