@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 
-from hf_schedulefree.optim import AdamWScheduleFree, ScheduleFreeOptimizer
+from hf_schedulefree.optim import AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeOptimizer, SGDScheduleFree
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class OptimizerSpec:
         return f"Keys accepted in optim_args: {', '.join(sorted(self.options))}."
 
 
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 _COMMON_FIELDS = {"lr": lambda args: args.learning_rate, "weight_decay": lambda args: args.weight_decay}
 _COMMON_OPTIONS = {"r": float, "weight_lr_power": float, "implementation": str}
 _ADAM_FIELDS = {
@@ -83,7 +89,14 @@ _ADAM_FIELDS = {
 }
 
 SPECS: dict[str, OptimizerSpec] = {
-    spec.name: spec for spec in (OptimizerSpec("adamw_schedulefree", AdamWScheduleFree, _ADAM_FIELDS, _COMMON_OPTIONS),)
+    spec.name: spec
+    for spec in (
+        OptimizerSpec("adamw_schedulefree", AdamWScheduleFree, _ADAM_FIELDS, _COMMON_OPTIONS),
+        OptimizerSpec("sgd_schedulefree", SGDScheduleFree, _COMMON_FIELDS, {**_COMMON_OPTIONS, "momentum": float}),
+        OptimizerSpec(
+            "radam_schedulefree", RAdamScheduleFree, _ADAM_FIELDS, {**_COMMON_OPTIONS, "silent_sgd_phase": _parse_bool}
+        ),
+    )
 }
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_schedulefree.optim import directions
 from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
+from hf_schedulefree.optim.directions import Direction
 
 
 class AdamWScheduleFree(ScheduleFreeOptimizer):
@@ -71,12 +73,5 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
 
-    def _directions(self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]) -> list[Tensor]:
-        beta2 = group["betas"][1]
-        exp_avg_sq = [state["exp_avg_sq"] for state in states]
-        torch._foreach_mul_(exp_avg_sq, beta2)
-        torch._foreach_addcmul_(exp_avg_sq, grads, grads, value=1 - beta2)
-        denominators = torch._foreach_div(exp_avg_sq, 1 - beta2 ** (group["k"] + 1))
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, group["eps"])
-        return torch._foreach_div(grads, denominators)
+    def _direction(self, group: dict[str, Any]) -> Direction:
+        return directions.adaptive(group["betas"][1], group["eps"], group["k"])

@@ -65,6 +65,12 @@ def _extrapolate(start: Tensor, end: Tensor, weight: float) -> Tensor:
     return end.to(wide).sub(start_wide).mul_(weight).add_(start_wide).to(start.dtype)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two floating-point tensors of one dtype hold the same bits; a NaN equals itself, 0.0 is not -0.0."""
+    whole_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(whole_numbers), b.view(whole_numbers))
+
+
 def update_(
     y: Sequence[Tensor], z: Sequence[Tensor], direction: Sequence[Tensor], *, lr: float, beta: float, c: float
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, sharding
+from hf_schedulefree.optim import averaging, directions, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _OPTION_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
     "weight_lr_power": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
     "eps": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
+    "silent_sgd_phase": (lambda v: isinstance(v, bool), "True or False"),
     "momentum": (lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1); at 0 the average x could not be recovered"),
     "betas": (
         lambda v: len(v) == 2 and all(map(_finite, v)) and 0 < v[0] < 1 and 0 <= v[1] < 1,
@@ -58,7 +59,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     `.eval()` parks y in the state (one copy of the trainable parameters) and `.train()` brings back the very same bits.
     A `state_dict` taken in eval mode contains the parked y, so the return is exact after a checkpoint, too.
 
-    A subclass gives its direction (`_directions`), its learning-rate factor (`_lr_factor`) and the name of its
+    A subclass gives its direction (`_direction`), its learning-rate factor (`_lr_factor`) and the name of its
     averaging beta (`_beta`). It never touches x, y or z.
 
     State per parameter, created at the parameter's first gradient: `z` (shape and dtype of the parameter), what the
@@ -107,8 +108,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         """The factor on the group's `lr` at this step; by default the linear warm-up."""
         return averaging.warmup_factor(group["k"], group["warmup_steps"])
 
-    def _directions(self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]) -> list[Tensor]:
-        """The base optimizer's directions d, without weight decay; updates its own state, leaves `grads` alone."""
+    def _direction(self, group: dict[str, Any]) -> directions.Direction:
+        """The base optimizer's direction d at this step, without weight decay."""
         raise NotImplementedError
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -176,7 +177,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if not groups:
             return False
         replaced = any(
-            not torch.equal(
+            not averaging.same_bits(
                 sharding.local(p),
                 averaging.x_from_y(sharding.local(state["y"]), sharding.local(state["z"]), self._beta(group)),
             )
@@ -342,17 +343,18 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         c, group["weight_sum"] = averaging.averaging_weight(
             group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
         )
-        beta = self._beta(group)
+        beta, direction = self._beta(group), self._direction(group)
         for params in self._chunks([p for p in group["params"] if p.grad is not None]):
             grads = [p.grad for p in params]
             states = [self._init_state(group, p) for p in params]
-            directions = self._directions(group, grads, states)
+            second_moments = [state["exp_avg_sq"] for state in states] if direction.beta2 is not None else []
+            d = directions.compute(direction, grads, second_moments)
             if group["weight_decay"] != 0:  # decay is taken at y
-                if directions is grads:
-                    directions = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                if d is grads:
+                    d = torch._foreach_add(grads, params, alpha=group["weight_decay"])
                 else:
-                    torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-            averaging.update_(params, [state["z"] for state in states], directions, lr=lr, beta=beta, c=c)
+                    torch._foreach_add_(d, params, alpha=group["weight_decay"])
+            averaging.update_(params, [state["z"] for state in states], d, lr=lr, beta=beta, c=c)
         group["k"] += 1
 
     def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,0 +1,224 @@
+"""The switch between x and y: exact, any number of times, and robust against what happens around it."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES
+from test_optim import backward, copied, make_net, run, weights
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from hf_schedulefree.optim import AdamWScheduleFree, averaging
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def trained(kind="adamw", dtype=torch.float32, steps=6, **options):
+    net = make_net(dtype)
+    if dtype == torch.float16:
+        options["eps"] = 1e-4  # 1e-8 is zero there
+    optimizer = CASES[kind].ours(net.parameters(), lr=CASES[kind].lr, **options)
+    run(net, optimizer, range(20, 20 + steps))
+    return net, optimizer
+
+
+def assert_same(net, expected):
+    for name, p in net.named_parameters():
+        assert torch.equal(p, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", [*(("adamw", dtype) for dtype in DTYPES), ("sgd", DTYPES[0]), ("radam", DTYPES[1])]
+)
+def test_a_thousand_round_trips_change_no_bit(kind, dtype):
+    net, optimizer = trained(kind, dtype, steps=20)
+    y = weights(net)
+    optimizer.eval()
+    x = weights(net)
+    for _ in range(1000):
+        optimizer.train()
+        optimizer.eval()
+    assert_same(net, x)
+    optimizer.train()
+    assert_same(net, y)
+    assert not torch.equal(x["first.weight"], y["first.weight"])
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_reading_does_not_change_the_training(kind):
+    read, plain = make_net(), make_net()
+    for net in (read, plain):
+        optimizer = CASES[kind].ours(net.parameters(), lr=CASES[kind].lr)
+        optimizer.train()
+        for step in range(30):
+            if net is read:
+                optimizer.eval()
+                optimizer.eval()
+                optimizer.state_dict()
+                optimizer.train()
+                optimizer.train()
+            backward(net, step)
+            optimizer.step()
+    assert_same(read, weights(plain))
+
+
+def test_extreme_values_survive():
+    p = nn.Parameter(torch.tensor([0.0, -0.0, 1e-42, 3e38, -3e38, float("inf"), float("nan"), 1.0]))
+    optimizer = AdamWScheduleFree([p], lr=0.1)
+    optimizer.train()
+    p.grad = torch.linspace(-1, 1, 8)
+    optimizer.step()
+    y = p.detach().clone()
+    optimizer.eval()
+    optimizer.train()
+    assert torch.equal(p.view(torch.int32), y.view(torch.int32))
+
+
+def test_switching_creates_no_state_and_a_new_optimizer_is_in_eval_mode():
+    net = make_net()
+    optimizer = AdamWScheduleFree(net.parameters())
+    assert optimizer.mode == "eval"
+    optimizer.train()
+    assert optimizer.mode == "train"
+    optimizer.eval()
+    assert not optimizer.state
+    backward(net, 0)  # `unused` and `late` have no gradient
+    optimizer.train()
+    optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    assert not any(net.unused is p or net.late is p for p in optimizer.state)
+    assert all("y" not in state for state in optimizer.state.values())
+
+
+def test_step_in_eval_mode_says_what_to_do():
+    net, optimizer = trained()
+    optimizer.eval()
+    before = weights(net)
+    backward(net, 30)
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        optimizer.step()
+    assert_same(net, before)
+    assert optimizer.param_groups[0]["k"] == 6
+
+
+@pytest.mark.parametrize("after", range(1, 5))
+@pytest.mark.parametrize("first, then", [("eval", "eval"), ("eval", "train"), ("train", "train"), ("train", "eval")])
+def test_an_interrupted_switch_is_completed(first, then, after, monkeypatch):
+    net, optimizer = trained()
+    shown = {"train": weights(net)}
+    optimizer.eval()
+    shown["eval"] = weights(net)
+    if first == "eval":
+        optimizer.train()
+    copy_, calls = torch.Tensor.copy_, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(optimizer, first)()
+    getattr(optimizer, then)()
+    assert_same(net, shown[then])
+    optimizer.eval()
+    assert_same(net, shown["eval"])
+    optimizer.train()
+    assert_same(net, shown["train"])
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "data", "one element", "sign of zero"])
+def test_replaced_weights_are_kept_and_training_starts_anew(how, caplog):
+    net, optimizer = trained()
+    optimizer.eval()
+    assert not optimizer.weights_replaced()
+    if how == "load_state_dict":
+        net.load_state_dict(make_net(seed=1).state_dict())
+    elif how == "data":
+        net.second.weight.data.mul_(0.5)
+    elif how == "one element":
+        net.second.bias.data[1] = torch.nextafter(net.second.bias.data[1], torch.tensor(9.0))
+    else:
+        with torch.no_grad():
+            net.scale.fill_(0.0)
+    loaded = weights(net)
+    assert optimizer.weights_replaced()
+    optimizer.train()
+    assert "replaced" in caplog.text
+    assert_same(net, loaded)
+    assert not optimizer.state and optimizer.param_groups[0]["k"] == 0
+    fresh_net = copy.deepcopy(net)
+    fresh = AdamWScheduleFree(fresh_net.parameters(), lr=CASES["adamw"].lr)
+    run(net, optimizer, range(20, 25))
+    run(fresh_net, fresh, range(20, 25))
+    assert_same(net, weights(fresh_net))
+
+
+def test_a_group_that_joins_in_train_mode():
+    net, optimizer = trained()
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    assert optimizer.mode == "train"
+    late.grad = torch.ones(3)
+    backward(net, 30)
+    optimizer.step()
+    y = late.detach().clone()
+    optimizer.eval()
+    optimizer.train()
+    assert torch.equal(late, y)
+    optimizer.eval()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert optimizer.mode == "eval"
+    optimizer.train()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", CASES)
+def test_the_dry_step_of_distributed_checkpoint_creates_state_and_counts_nothing(kind, mode):
+    net = make_net()
+    optimizer = CASES[kind].ours(net.parameters(), lr=0.1)
+    getattr(optimizer, mode)()
+    before = weights(net)
+    get_optimizer_state_dict(net, optimizer)
+    assert_same(net, before)
+    assert all("z" in optimizer.state[p] for p in net.parameters())
+    assert optimizer.param_groups[0]["k"] == 0
+    assert optimizer.mode == mode
+    run(net, optimizer, range(20, 25))
+    fresh_net = make_net()
+    fresh = CASES[kind].ours(fresh_net.parameters(), lr=0.1)
+    run(fresh_net, fresh, range(20, 25))
+    assert_same(net, weights(fresh_net))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_state_saved_in_eval_mode_returns_to_the_same_y(dtype):
+    net, optimizer = trained(dtype=dtype)
+    y = weights(net)
+    optimizer.eval()
+    state, saved = copied(optimizer), copy.deepcopy(net.state_dict())
+    other = make_net(dtype, seed=3)
+    other.load_state_dict(saved)
+    resumed = AdamWScheduleFree(other.parameters(), lr=CASES["adamw"].lr)
+    resumed.load_state_dict(state)
+    assert resumed.mode == "eval"
+    resumed.train()
+    assert_same(other, y)
+
+
+def test_half_precision_x_is_rounded_once():
+    net, optimizer = trained(dtype=torch.bfloat16)
+    expected = {
+        name: averaging.x_from_y(p.detach().float(), optimizer.state[p]["z"].float(), 0.9).bfloat16()
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
+    optimizer.eval()
+    for name, x in expected.items():
+        assert torch.equal(dict(net.named_parameters())[name], x)
