@@ -1,6 +1,7 @@
 """`ScheduleFreeMixin` and the Trainers made with it: x to every reader, y to every gradient, one warm-up."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,16 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from hf_schedulefree import registry, weights
+from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.rng import generators_restored
 
 logger = logging.get_logger(__name__)
 
 # The callback events that read the model as a result: they see x. During `train()` all others see y.
 EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_save", "on_push_begin", "on_train_end"})
+
+# In a checkpoint: what training needs to go on from y, where the optimizer's state does not hold it all.
+EXTRA_STATE_NAME = "schedule_free_state.pt"
 
 # Schedulers that leave the rate alone after the warm-up; "linear" is the Trainer's default and counts as unset.
 _CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
@@ -53,11 +58,18 @@ class ScheduleFreeMixin:
     def averaged_weights(self) -> Iterator[None]:
         """Show x in `self.model` for the length of a `with` block, e.g. to sample text in a callback.
 
-        Outside, the model and (during training) the random number generators are bit for bit as before.
+        Outside, the model and (during training) the random number generators are bit for bit as before. Every callback
+        gets this method as the keyword argument `averaged_weights`.
         """
-        keep_generators = generators_restored() if self._training and self._switch else contextlib.nullcontext()
-        with keep_generators, weights.averaged_weights(self.model_wrapped, self.optimizer):
-            yield
+        with generators_restored() if self._training and self._switch is not None else contextlib.nullcontext():
+            if self._switch is None or self._switch.mode == "eval":
+                yield
+                return
+            try:
+                self._show_x()
+                yield
+            finally:
+                self._show_y()
 
     @contextlib.contextmanager
     def training_weights(self) -> Iterator[None]:
@@ -65,11 +77,29 @@ class ScheduleFreeMixin:
         with weights.training_weights(self.model_wrapped, self.optimizer):
             yield
 
+    def _show_x(self) -> None:
+        """Put x into the model, with the BatchNorm statistics that belong to it."""
+        if self._switch.mode == "train":
+            self._switch.show_x()
+            for callback in self._batch_norm_callbacks:
+                callback.show_x(self)
+
+    def _show_y(self) -> None:
+        """Put y back into the model, with the BatchNorm statistics of the training."""
+        self._switch.show_y()
+        for callback in self._batch_norm_callbacks:
+            callback.show_y(self)
+
+    @property
+    def _batch_norm_callbacks(self) -> list[BatchNormRecalibrationCallback]:
+        return [cb for cb in self.callback_handler.callbacks if isinstance(cb, BatchNormRecalibrationCallback)]
+
     def _give_callbacks_their_weights(self) -> None:
         """Around each callback event, show the weights that it is meant to see."""
         call_event = self.callback_handler.call_event
 
         def call_event_at_its_weights(event: str, *args: Any, **kwargs: Any) -> Any:
+            kwargs["averaged_weights"] = self.averaged_weights
             if not self._training or self._switch is None:
                 return call_event(event, *args, **kwargs)
             with self.averaged_weights() if event in EVENTS_AT_X else self.training_weights():
@@ -83,21 +113,36 @@ class ScheduleFreeMixin:
         # However training ends (also by an exception or Ctrl-C), the model is left at x.
         if not resume_from_checkpoint and self._switch is not None and self._switch.weights_replaced():
             logger.warning("Other weights were loaded since the last train(): the optimizer starts anew from them.")
-            self._switch.restart()
+            self._restart()
         self._training = True
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._switch is not None:
+                self._show_x()
+            return output
+        except BaseException:
+            if self._switch is not None:
+                self._switch.show_x()  # no recalibration: whoever pressed Ctrl-C does not want to wait for it
+            raise
         finally:
             self._training = False
-            if self._switch is not None:
-                self._switch.show_x()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # The callbacks before the first step see y as well, after a resume and in a second train() too.
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._switch is not None:
-            self._switch.show_y()
+            if batch_norm_layers(self.model) and not self._batch_norm_callbacks:
+                logger.warning_once(
+                    "The model has BatchNorm layers, whose running statistics are those of y. Give the Trainer a "
+                    "hf_schedulefree.BatchNormRecalibrationCallback() to evaluate and save x with its own."
+                )
+            self._show_y()
         return prepared
+
+    def _restart(self) -> None:
+        self._switch.restart()
+        for callback in self._batch_norm_callbacks:
+            callback.forget()
 
     def _load_best_model(self) -> None:
         # The file holds x and nothing else belongs to it any more: the optimizer starts anew from it.
@@ -105,13 +150,30 @@ class ScheduleFreeMixin:
             return super()._load_best_model()
         self._switch.show_x()
         super()._load_best_model()
-        self._switch.restart()
+        self._restart()
         logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The way back to y may need more than the optimizer's state_dict; mostly there is nothing to write.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._switch is not None and self.args.should_save:
+            extra = self._switch.extra_state()
+            for callback in self._batch_norm_callbacks:
+                extra.update(callback.extra_state())
+            if extra:
+                torch.save(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # x, y and z must belong together: an optimizer of another step would move the model away.
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._switch is not None and self._switch.weights_replaced():
+        if checkpoint is None or self._switch is None:
+            return
+        extra_file = os.path.join(checkpoint, EXTRA_STATE_NAME)
+        if os.path.isfile(extra_file):
+            extra = torch.load(extra_file, map_location="cpu", weights_only=True)
+            for owner in (self._switch, *self._batch_norm_callbacks):
+                owner.load_extra_state(extra)
+        if self._switch.weights_replaced():
             raise ValueError(
                 f"The weights in {checkpoint} are not those that its optimizer state belongs to (or the model was "
                 "built with another dtype than it was trained with). Resume from another checkpoint, or train from "
@@ -172,6 +234,8 @@ class ScheduleFreeMixin:
         try:
             self.args.lr_scheduler_type = scheduler_type
             self.args.warmup_steps = 0 if warmup_in_optimizer else self.args.warmup_steps
+            if optimizer is None and not isinstance(self.optimizer, torch.optim.Optimizer):
+                optimizer = self._switch.schedulable
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
             self.args.lr_scheduler_type, self.args.warmup_steps = given

@@ -1,51 +1,22 @@
 """Which weights the model shows: x for readers, y for gradients, and the exact way between the two.
 
-`WeightSwitch` knows one kind of optimizer (and, for the engines that keep weights of their own, one kind of engine);
-`switch_for` finds the one that fits. Everything that needs x goes through `averaged_weights`.
+Each kind of `WeightSwitch` knows one kind of optimizer or engine; `switch_for` finds the one that fits. Everything that
+needs x goes through `averaged_weights`.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
+from hf_schedulefree.weights.foreign import foreign_switch
+from hf_schedulefree.weights.switch import WeightSwitch
 
-
-class WeightSwitch:
-    """Switches between x and y for the optimizers of `hf_schedulefree.optim`, which do so exactly by themselves."""
-
-    def __init__(self, optimizer: ScheduleFreeOptimizer):
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups: its counters and options."""
-        return self.optimizer.param_groups
-
-    @property
-    def mode(self) -> Literal["train", "eval"]:
-        """ "train" while the model shows y, "eval" while it shows x."""
-        return self.optimizer.mode
-
-    def show_x(self) -> None:
-        """Show the averaged weights in the model, keeping what is needed to come back to y bit for bit."""
-        self.optimizer.eval()
-
-    def show_y(self) -> None:
-        """Show the very y again that `show_x` put away."""
-        self.optimizer.train()
-
-    def weights_replaced(self) -> bool:
-        """Whether, while x was shown, somebody loaded other weights into the model."""
-        return self.optimizer.weights_replaced()
-
-    def restart(self) -> None:
-        """Forget the run so far: x = y = z = the weights that the model holds, counters and moments as if new."""
-        self.optimizer.restart()
+__all__ = ["WeightSwitch", "averaged_weights", "switch_for", "training_weights", "unwrap_optimizer"]
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
@@ -58,7 +29,9 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Opt
 def switch_for(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> WeightSwitch | None:
     """The switch for a schedule-free optimizer, however wrapped; None for any other optimizer (or none)."""
     optimizer = unwrap_optimizer(optimizer)
-    return WeightSwitch(optimizer) if isinstance(optimizer, ScheduleFreeOptimizer) else None
+    if isinstance(optimizer, ScheduleFreeOptimizer):
+        return WeightSwitch(optimizer)
+    return foreign_switch(optimizer)
 
 
 @contextlib.contextmanager
