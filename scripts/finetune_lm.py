@@ -499,17 +499,23 @@ def read(model: PreTrainedModel, trainer: Trainer) -> Reading:
     return Reading(torch.cat(losses).float().mean().item(), first_weight(model)[1])
 
 
-def read_x_y_and_saved(trainer: ScheduleFreeTrainer) -> dict[str, Reading]:
-    """After training: x, which the trainer shows and saves; y, where gradients are taken; and the model on disk."""
+def read_x_y_and_saved(trainer: ScheduleFreeTrainer, trust_remote_code: bool) -> dict[str, Reading]:
+    """After training: x, which the trainer shows and saves; y, where gradients are taken; and the model on disk.
+
+    Raises `RuntimeError` if the model on disk is not x, bit for bit.
+    """
     trainer.accelerator.wait_for_everyone()  # the main process may still be writing the model
-    x = read(trainer.model, trainer)
+    folder, model = trainer.args.output_dir, trainer.model
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    loaded = loaded.to(trainer.args.device)
+    x = model.state_dict()
+    different = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, x[name])]
+    if different:
+        raise RuntimeError(f"the model in {folder!r} does not hold x: {different} differ")
+    readings = {"x": read(model, trainer)}
     with trainer.training_weights():
-        y = read(trainer.model, trainer)
-    loaded = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir).to(trainer.args.device)
-    saved = read(loaded, trainer)
-    if not math.isclose(saved.loss, x.loss, rel_tol=1e-3):
-        raise RuntimeError(f"the model in {trainer.args.output_dir!r} has loss {saved.loss}, but x has {x.loss}")
-    return {"x": x, "y": y, "saved": saved}
+        readings["y"] = read(model, trainer)
+    return readings | {"saved": read(loaded, trainer)}
 
 
 def report_table(readings: dict[str, Reading], weight_name: str) -> str:
@@ -624,7 +630,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             logger.warning("--report needs the whole model in every process: left out under FSDP and DeepSpeed")
         else:
-            readings = read_x_y_and_saved(trainer)
+            readings = read_x_y_and_saved(trainer, model_args.trust_remote_code)
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         curve = draw_loss_curve(

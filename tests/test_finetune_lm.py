@@ -114,16 +114,16 @@ def test_report_refuses_a_saved_model_that_is_not_x(trained, tmp_path, monkeypat
 
     class OtherModel:
         @staticmethod
-        def from_pretrained(path):
-            model = AutoModelForCausalLM.from_pretrained(path)
+        def from_pretrained(path, **options):
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
             with torch.no_grad():
-                model.get_input_embeddings().weight.mul_(3)
+                model.model.norm.weight[0] += 1e-6
             return model
 
         from_config = AutoModelForCausalLM.from_config
 
     monkeypatch.setattr(finetune_lm, "AutoModelForCausalLM", OtherModel)
-    with pytest.raises(RuntimeError, match="but x has"):
+    with pytest.raises(RuntimeError, match=r"does not hold x: \['model.norm.weight'\]"):
         finetune_lm.main([*flags, f"--output_dir={tmp_path}"])
 
 
