@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from hf_schedulefree import registry, weights
+from hf_schedulefree import adapters, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.rng import generators_restored
 
@@ -149,7 +149,11 @@ class ScheduleFreeMixin:
         if self._switch is None:
             return super()._load_best_model()
         self._switch.show_x()
-        super()._load_best_model()
+        checkpoint = self.state.best_model_checkpoint
+        if adapters.has_adapter_folders(self.model, checkpoint):
+            self._load_from_checkpoint(checkpoint)  # the Trainer would not find them and go on with other weights
+        else:
+            super()._load_best_model()
         self._restart()
         logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
 
@@ -162,6 +166,11 @@ class ScheduleFreeMixin:
                 extra.update(callback.extra_state())
             if extra:
                 torch.save(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
+        with adapters.active_adapters_kept(self.model):
+            super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # x, y and z must belong together: an optimizer of another step would move the model away.

@@ -1,0 +1,38 @@
+"""Checkpoints of models with several adapters: the Trainer reads back only the first active one.
+
+PEFT saves every adapter but "default" into a folder of its own. From these folders `Trainer._load_best_model` loads
+nothing (with a warning), and `Trainer._load_from_checkpoint` leaves one adapter active and trainable where there were
+several. Nothing here imports PEFT: without it there is no adapter to keep.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from transformers.trainer_utils import _is_peft_model
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
+
+
+def has_adapter_folders(model: nn.Module, checkpoint: str) -> bool:
+    """Whether adapters of `model` lie in folders of their own below `checkpoint`."""
+    return _is_peft_model(model) and any(
+        (Path(checkpoint) / adapter / name).is_file()
+        for adapter in model.peft_config
+        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+    )
+
+
+@contextlib.contextmanager
+def active_adapters_kept(model: nn.Module) -> Iterator[None]:
+    """After the `with` block the same adapters are active, and the same parameters trainable, as before it."""
+    if not _is_peft_model(model):
+        yield
+        return
+    active = list(model.active_adapters)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    yield
+    if list(model.active_adapters) != active:
+        model.base_model.set_adapter(active)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trainable[name])
