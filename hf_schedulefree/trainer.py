@@ -3,15 +3,17 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import logging
 
-from hf_schedulefree import adapters, registry, weights
+from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
+from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,7 @@ class ScheduleFreeMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
         self._warmup_steps: int | None = None  # what this Trainer last gave the optimizer
+        self._progress: dict[str, float] = {}  # what is logged with the next training loss
         super().__init__(*args, **kwargs)
         spec = registry.spec_for(self.args)
         if spec is not None:
@@ -220,6 +223,49 @@ class ScheduleFreeMixin:
         # It saves, writes the card and uploads, all of one model.
         with self.averaged_weights():
             return super().push_to_hub(*args, **kwargs)
+
+    # The Hub
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        # Who downloads the weights should know that they are averages, and of what run.
+        super().create_model_card(*args, **kwargs)
+        switch = self._switch
+        if switch is not None and self.is_world_process_zero():
+            card_file = Path(self.args.output_dir) / "README.md"
+            hub.describe_weights(card_file, type(switch.optimizer).__name__, switch.param_groups[0])
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # training_args.bin is published with the weights; the Hub token must not be.
+        with hub.token_left_out(self.args):
+            super()._save(*args, **kwargs)
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # It writes training_args.bin once more, uploads no card, and nobody looks at how its uploads end.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        earlier = getattr(self.push_in_progress, "jobs", [])
+        if all(job.done() for job in earlier):
+            self.create_model_card(model_name=Path(self.hub_model_id).name)
+        with hub.token_left_out(self.args):
+            super()._push_from_checkpoint(*args, **kwargs)
+        for job in getattr(self.push_in_progress, "jobs", []):
+            if job not in earlier:
+                job.add_done_callback(hub.report_failure)
+
+    # Logging
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Here every process is, as the metrics need; `log` may be called by one of them only.
+        if self._switch is not None and self.control.should_log:
+            self._progress = progress(self._switch, self.accelerator)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # The averaging weight and the distance between x and y belong to the training loss.
+        if "loss" in logs:
+            logs.update(self._progress)
+            self._progress = {}
+        super().log(logs, *args, **kwargs)
 
     # Learning rate
 

@@ -1,0 +1,99 @@
+"""What goes to the Hub with the weights: a card that says what they are, no token, and a word when an upload fails."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+HEADING = "## Schedule-free weights"
+TAG = "schedule-free"
+
+# The options that tell how a model was trained, under the names of the optimizers' arguments.
+_SETTINGS = (
+    "lr",
+    "betas",
+    "momentum",
+    "eps",
+    "weight_decay",
+    "warmup_steps",
+    "r",
+    "weight_lr_power",
+    "state_precision",
+)
+
+
+def describe_weights(card_file: Path, optimizer_name: str, group: Mapping[str, Any]) -> None:
+    """Add to a model card, as written by a Trainer, that the weights are schedule-free averages, and whose.
+
+    Args:
+        card_file: the README.md.
+        optimizer_name: class of the optimizer.
+        group: its first parameter group: settings, and the number of steps `k`.
+    """
+    card = ModelCard.load(card_file)
+    tags = card.data.tags or []
+    card.data.tags = [*([tags] if isinstance(tags, str) else tags)]
+    if TAG not in card.data.tags:
+        card.data.tags.append(TAG)
+    before, _, _ = card.text.partition(f"\n{HEADING}")
+    settings = {name: group[name] for name in _SETTINGS if group.get(name) is not None}
+    if group.get("k"):
+        settings["steps"] = group["k"]
+    rows = "\n".join(f"| {name} | {_readable(value)} |" for name, value in settings.items())
+    card.text = f"""{before.rstrip()}
+
+{HEADING}
+
+These weights are schedule-free averages: the sequence x of [The Road Less Scheduled](https://arxiv.org/abs/2405.15682),
+not the point y at which the last gradients were taken. Use them as they are; evaluation during training was done with
+the same averages. No learning-rate schedule was needed. To go on training from them, start a new optimizer.
+
+| {optimizer_name} | |
+|---|---|
+{rows}
+"""
+    card.save(card_file)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_readable, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def token_left_out(args: TrainingArguments) -> Iterator[None]:
+    """Within the block, `args` are pickled without their `hub_token`; the Trainer writes them beside the weights."""
+
+    def reduce_without_token(protocol: int) -> tuple[Any, ...]:
+        build, how, state, *rest = type(args).__reduce_ex__(args, protocol)
+        state = {**state, "hub_token": None}
+        del state["__reduce_ex__"]
+        return build, how, state, *rest
+
+    if "__reduce_ex__" in vars(args):  # blocks may be nested
+        yield
+        return
+    args.__reduce_ex__ = reduce_without_token
+    try:
+        yield
+    finally:
+        del args.__reduce_ex__
+
+
+def report_failure(job: Future) -> None:
+    """For `Future.add_done_callback`: the Trainer drops the exceptions of uploads that run beside the training."""
+    if job.cancelled() or job.exception() is None:
+        return
+    error = job.exception()
+    logger.error(
+        f"An upload to the Hub failed ({type(error).__name__}: {error}). The training goes on and the files on disk "
+        "are whole; the next save uploads them again, and so does trainer.push_to_hub()."
+    )

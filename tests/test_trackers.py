@@ -1,0 +1,116 @@
+"""The metrics beside the loss: c and |x - y| / |y|, right, at logging steps only, and on every tracker."""
+
+import math
+
+import pytest
+import torch
+from ecosystem import Witness, cpu_arguments, tiny_llama
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_schedulefree import ScheduleFreeTrainer
+from hf_schedulefree import trainer as trainer_module
+
+
+def rows(size=24):
+    tokens = torch.randint(2, 258, (size, 12), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def train(output_dir, **changes):
+    witness = Witness()
+    args = TrainingArguments(**cpu_arguments(output_dir, **changes))
+    trainer = ScheduleFreeTrainer(model=tiny_llama(), args=args, train_dataset=rows(), callbacks=[witness])
+    trainer.train()
+    return trainer, witness
+
+
+@pytest.mark.parametrize("optim", ["adamw_schedulefree", "sgd_schedulefree"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_logged_metrics_are_those_of_the_paper(optim, warmup, tmp_path):
+    trainer, witness = train(tmp_path, optim=optim, warmup_steps=warmup, max_steps=6, logging_steps=2)
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert sorted(logged) == [2, 4, 6]
+    rates = [2e-2 * min(1.0, (k + 1) / max(warmup, 1)) for k in range(6)]
+    for step, entry in logged.items():
+        weights = [rate**2 for rate in rates[:step]]
+        assert entry["averaging_weight"] == pytest.approx(weights[-1] / sum(weights), rel=1e-9)
+        x, y = witness.x[step], witness.y[step]
+        distance = math.sqrt(sum(((x[name] - y[name]) ** 2).sum().item() for name in x))
+        norm = math.sqrt(sum((y[name] ** 2).sum().item() for name in y))
+        assert entry["relative_distance"] == pytest.approx(distance / norm, rel=1e-4) and distance > 0
+
+
+def test_they_are_computed_at_logging_steps_only(tmp_path, monkeypatch):
+    calls = []
+    compute = trainer_module.progress
+    monkeypatch.setattr(trainer_module, "progress", lambda *args: calls.append(1) or compute(*args))
+    trainer, _ = train(tmp_path, max_steps=6, logging_steps=3)
+    assert len(calls) == 2
+    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
+    assert others and not any("averaging_weight" in entry for entry in others)
+
+
+def test_a_plain_optimizer_logs_what_it_always_did(tmp_path):
+    args = TrainingArguments(**cpu_arguments(tmp_path, optim="adamw_torch"))
+    trainer = ScheduleFreeTrainer(model=tiny_llama(), args=args, train_dataset=rows())
+    trainer.train()
+    assert not any("averaging_weight" in entry or "relative_distance" in entry for entry in trainer.state.log_history)
+
+
+def test_the_metrics_change_nothing(tmp_path):
+    often, rarely = train(tmp_path / "a", logging_steps=1)[1], train(tmp_path / "b", logging_steps=100)[1]
+    assert all(torch.equal(often.y[6][name], y) for name, y in rarely.y[6].items())
+
+
+def test_callbacks_see_them(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    args = TrainingArguments(**cpu_arguments(tmp_path))
+    trainer = ScheduleFreeTrainer(model=tiny_llama(), args=args, train_dataset=rows(), callbacks=[Tracker()])
+    trainer.train()
+    assert all({"averaging_weight", "relative_distance"} <= set(logs) for logs in seen if "loss" in logs)
+    for logs in seen:
+        assert all(type(logs[name]) is float for name in ("averaging_weight", "relative_distance") if name in logs)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer, _ = train(tmp_path, report_to=["tensorboard"])
+    folder = next(tmp_path.glob("runs/*"), None) or tmp_path / "runs"
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("averaging_weight", "relative_distance"):
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        assert values == pytest.approx([entry[name] for entry in trainer.state.log_history if name in entry])
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """W&B through its own callback, offline; the run's history is asked for what arrived."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = []
+    log = wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda run, data, *a, **k: logged.append(dict(data)) or log(run, data, *a, **k)
+    )
+    train(tmp_path / "out", report_to=["wandb"])
+    wandb.finish()
+    assert any({"train/averaging_weight", "train/relative_distance"} <= set(data) for data in logged)
+
+
+def test_trackio(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    logged = []
+    monkeypatch.setattr(trackio, "init", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trackio, "log", lambda data, *args, **kwargs: logged.append(dict(data)))
+    monkeypatch.setattr(trackio, "finish", lambda *args, **kwargs: None)
+    train(tmp_path / "out", report_to=["trackio"])
+    assert any({"train/averaging_weight", "train/relative_distance"} <= set(data) for data in logged)

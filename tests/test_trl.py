@@ -1,0 +1,356 @@
+"""TRL's trainers behind `ScheduleFreeMixin`: losses and rollouts at y, evaluation and every file at x."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from ecosystem import Witness, cpu_arguments, tiny_llama, tiny_llama_config, tiny_tokenizer
+from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
+
+import hf_schedulefree
+from hf_schedulefree import ScheduleFreeMixin
+
+trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+
+class SFT(ScheduleFreeMixin, trl.SFTTrainer):
+    pass
+
+
+class DPO(ScheduleFreeMixin, trl.DPOTrainer):
+    pass
+
+
+class Reward(ScheduleFreeMixin, trl.RewardTrainer):
+    pass
+
+
+class GRPO(ScheduleFreeMixin, trl.GRPOTrainer):
+    pass
+
+
+WORDS = ["red", "blue", "seven", "tree", "yes", "no", "salt", "moon"]
+
+
+def chats(size=16):
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"say {WORDS[i % 8]}"},
+                    {"role": "assistant", "content": WORDS[i % 8]},
+                ]
+            }
+            for i in range(size)
+        ]
+    )
+
+
+def preferences(size=16):
+    return Dataset.from_list(
+        [
+            {"prompt": f"say {WORDS[i % 8]} ", "chosen": WORDS[i % 8], "rejected": WORDS[(i + 3) % 8]}
+            for i in range(size)
+        ]
+    )
+
+
+def prompts(size=16):
+    return Dataset.from_list([{"prompt": f"say {WORDS[i % 8]} "} for i in range(size)])
+
+
+def lora(task_type="CAUSAL_LM"):
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task_type, init_lora_weights="gaussian")
+
+
+def arguments(config, output_dir, **changes):
+    return config(
+        **cpu_arguments(
+            output_dir,
+            **{
+                "max_steps": 4,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                **changes,
+            },
+        )
+    )
+
+
+def evaluated_weights(trainer, monkeypatch):
+    """What the model held in each evaluation, by step, noted inside the Trainer's own loop."""
+    seen = {}
+    loop = trainer.evaluation_loop
+
+    def noting_loop(*args, **kwargs):
+        seen[trainer.state.global_step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluation_loop", noting_loop)
+    return seen
+
+
+def loss_weights(trainer, monkeypatch):
+    """What the model held when each training loss was computed, by step."""
+    seen = {}
+    compute_loss = trainer.compute_loss
+
+    def noting_loss(model, *args, **kwargs):
+        if model.training:
+            seen[trainer.state.global_step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        return compute_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", noting_loss)
+    return seen
+
+
+def saved(folder, with_lora):
+    if not with_lora:
+        return load_file(folder / "model.safetensors")
+    return {
+        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def train_and_check(trainer, witness, monkeypatch, tmp_path, with_lora=False):
+    evaluated = evaluated_weights(trainer, monkeypatch)
+    at_loss = loss_weights(trainer, monkeypatch)
+    trainer.train()
+    assert sorted(evaluated) == [2, 4]
+    for step in (2, 4):
+        witness.assert_at_x(step, evaluated[step])
+        witness.assert_at_x(step, saved(tmp_path / f"checkpoint-{step}", with_lora))
+    for step in (2, 3):  # after one step x, y and z are the same
+        witness.assert_at_y(step, at_loss[step])
+    witness.assert_at_x(4, trainer.model)
+    card = (tmp_path / "README.md").read_text()
+    assert "TRL" in card and "schedule-free" in card.lower()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history and all("averaging_weight" in entry and "relative_distance" in entry for entry in history)
+
+
+SFT_CASES = {
+    "plain": ({}, False),
+    "lora": ({}, True),
+    "packing": ({"packing": True, "max_length": 64, "packing_strategy": "wrapped"}, False),
+    "assistant_only_loss": ({"assistant_only_loss": True}, False),
+    "lora, assistant_only_loss": ({"assistant_only_loss": True}, True),
+}
+
+
+@pytest.mark.parametrize("case", SFT_CASES)
+def test_sft(case, tmp_path, monkeypatch):
+    changes, with_lora = SFT_CASES[case]
+    witness = Witness()
+    trainer = SFT(
+        model=tiny_llama(),
+        args=arguments(trl.SFTConfig, tmp_path, **changes),
+        train_dataset=chats(32),
+        eval_dataset=chats(8),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+        **({"peft_config": lora()} if with_lora else {}),
+    )
+    train_and_check(trainer, witness, monkeypatch, tmp_path, with_lora)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_dpo(with_lora, tmp_path, monkeypatch):
+    witness = Witness()
+    reference = {"peft_config": lora()} if with_lora else {"ref_model": tiny_llama()}
+    trainer = DPO(
+        model=tiny_llama(),
+        args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=preferences(),
+        eval_dataset=preferences(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+        **reference,
+    )
+    train_and_check(trainer, witness, monkeypatch, tmp_path, with_lora)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_reward(with_lora, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    witness = Witness()
+    trainer = Reward(
+        model=LlamaForSequenceClassification(tiny_llama_config(num_labels=1)),
+        args=arguments(trl.RewardConfig, tmp_path),
+        train_dataset=preferences(),
+        eval_dataset=preferences(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+        **({"peft_config": lora("SEQ_CLS")} if with_lora else {}),
+    )
+    if not with_lora:
+        train_and_check(trainer, witness, monkeypatch, tmp_path)
+    else:
+        trainer.train()
+        witness.assert_at_x(4, trainer.model)
+
+
+def short_is_good(completions, **kwargs):
+    return [float(sum(ord(letter) for letter in completion) % 7) for completion in completions]
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_grpo_samples_at_y_and_evaluates_at_x(with_lora, tmp_path, monkeypatch):
+    witness = Witness()
+    args = arguments(
+        trl.GRPOConfig,
+        tmp_path,
+        num_generations=2,
+        max_completion_length=3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        beta=0.01 if with_lora else 0.0,
+        learning_rate=5e-2,
+    )
+    model = tiny_llama()
+    trainer = GRPO(
+        model=model,
+        reward_funcs=short_is_good,
+        args=args,
+        train_dataset=prompts(),
+        eval_dataset=prompts(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+        **({"peft_config": lora()} if with_lora else {}),
+    )
+    sampled = {"rollout": {}, "evaluation": {}}
+    generate = type(model).generate
+
+    def noting_generate(self, *args, **kwargs):
+        kind = "evaluation" if evaluating[0] else "rollout"
+        sampled[kind][trainer.state.global_step] = {
+            name: p.detach().clone() for name, p in trainer.model.named_parameters()
+        }
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", noting_generate)
+    evaluating = [False]
+    prediction_step = trainer.prediction_step
+
+    def noting_prediction_step(*args, **kwargs):
+        evaluating[0] = True
+        try:
+            return prediction_step(*args, **kwargs)
+        finally:
+            evaluating[0] = False
+
+    monkeypatch.setattr(trainer, "prediction_step", noting_prediction_step)
+    train_and_check(trainer, witness, monkeypatch, tmp_path, with_lora)
+
+    assert set(sampled["rollout"]) == {0, 1, 2, 3} and set(sampled["evaluation"]) == {2, 4}
+    for step in (2, 3):
+        witness.assert_at_y(step, sampled["rollout"][step])
+    for step in (2, 4):
+        witness.assert_at_x(step, sampled["evaluation"][step])
+
+
+def test_an_evaluation_between_does_not_change_an_online_run(tmp_path):
+    """Rollouts are sampled: an evaluation that moved the generators or the weights would change them all."""
+
+    def run(folder, eval_strategy):
+        witness = Witness()
+        args = arguments(
+            trl.GRPOConfig,
+            folder,
+            num_generations=2,
+            max_completion_length=3,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            eval_strategy=eval_strategy,
+            eval_steps=1,
+            save_strategy="no",
+        )
+        trainer = GRPO(
+            model=tiny_llama(),
+            reward_funcs=short_is_good,
+            args=args,
+            train_dataset=prompts(),
+            eval_dataset=prompts(4),
+            processing_class=tiny_tokenizer(),
+            callbacks=[witness],
+        )
+        trainer.train()
+        return witness
+
+    without, with_evaluation = run(tmp_path / "a", "no"), run(tmp_path / "b", "steps")
+    assert all(torch.equal(with_evaluation.y[4][name], y) for name, y in without.y[4].items())
+
+
+def test_sft_resumes_to_the_same_bits(tmp_path):
+    def make(folder):
+        witness = Witness()
+        return (
+            SFT(
+                model=tiny_llama(),
+                args=arguments(trl.SFTConfig, folder, eval_strategy="no"),
+                train_dataset=chats(32),
+                processing_class=tiny_tokenizer(),
+                callbacks=[witness],
+            ),
+            witness,
+        )
+
+    straight, witness = make(tmp_path / "a")
+    straight.train()
+    resumed, second = make(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert all(torch.equal(second.y[4][name], y) for name, y in witness.y[4].items())
+
+
+def test_what_callbacks_of_trl_sample(tmp_path, monkeypatch):
+    """`LogCompletionsCallback` samples at `on_step_end`, where the model shows y; inside `averaged_weights` it is x."""
+    callbacks = pytest.importorskip("trl.trainer.callbacks")
+
+    class CompletionsAtX(callbacks.LogCompletionsCallback):
+        def on_step_end(self, *args, **kwargs):
+            with self.trainer.averaged_weights():
+                return super().on_step_end(*args, **kwargs)
+
+    witness = Witness()
+    trainer = SFT(
+        model=tiny_llama(),
+        args=arguments(trl.SFTConfig, tmp_path, save_strategy="no"),
+        train_dataset=Dataset.from_list([{"prompt": f"say {w} ", "completion": w} for w in WORDS]),
+        eval_dataset=Dataset.from_list([{"prompt": f"say {w} ", "completion": w} for w in WORDS[:2]]),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+    )
+    seen = {}
+    complete = callbacks._generate_completions
+
+    def noting_complete(*args, **kwargs):
+        seen[trainer.state.global_step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        return complete(*args, **kwargs)
+
+    monkeypatch.setattr(callbacks, "_generate_completions", noting_complete)
+    trainer.eval_dataset = Dataset.from_list([{"prompt": f"say {w} "} for w in WORDS[:2]])
+    callback = CompletionsAtX(trainer, freq=2)
+    callback.generation_config = None
+    trainer.add_callback(callback)
+    trainer.args.eval_strategy = "no"
+    trainer.train()
+    for step in (2, 4):
+        witness.assert_at_x(step, seen[step])
+
+
+def test_the_package_imports_neither_trl_nor_peft():
+    package = Path(hf_schedulefree.__file__).parent
+    for module in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"trl", "peft"}, module
