@@ -45,6 +45,8 @@ def squared_norms(optimizer: Any) -> Tensor:
     """[|x - y|^2, |y|^2] over what this process holds, in one pass that forms no x: x - y = (1 - 1/beta)(z - y)."""
     distances, norms = [], []
     for group in optimizer.param_groups:
+        if "train_mode" not in group:  # a wrapper of another package, whose z and beta are elsewhere
+            continue
         beta = group["betas"][0] if "betas" in group else group.get("momentum")
         for p in group["params"]:
             state = optimizer.state.get(p, {})
