@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
+from hf_schedulefree.checkpoint import describe_weight_files
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
+from hf_schedulefree.saving import CheckpointMixin
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +30,7 @@ EXTRA_STATE_NAME = "schedule_free_state.pt"
 _CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 
 
-class ScheduleFreeMixin:
+class ScheduleFreeMixin(CheckpointMixin):
     """Put in front of any `transformers.Trainer` class: `class MySFTTrainer(ScheduleFreeMixin, SFTTrainer)`.
 
     With a schedule-free optimizer, the model shows the averaged weights x to everyone who reads it (evaluate, predict,
@@ -64,8 +66,12 @@ class ScheduleFreeMixin:
         Outside, the model and (during training) the random number generators are bit for bit as before. Every callback
         gets this method as the keyword argument `averaged_weights`.
         """
-        with generators_restored() if self._training and self._switch is not None else contextlib.nullcontext():
-            if self._switch is None or self._switch.mode == "eval":
+        if self._switch is None:
+            yield
+            return
+        keep_generators = generators_restored() if self._training else contextlib.nullcontext()
+        with keep_generators, describe_weight_files(self._weight_metadata()):
+            if self._switch.mode == "eval":
                 yield
                 return
             try:
@@ -106,6 +112,8 @@ class ScheduleFreeMixin:
             if not self._training or self._switch is None:
                 return call_event(event, *args, **kwargs)
             with self.averaged_weights() if event in EVENTS_AT_X else self.training_weights():
+                if event == "on_save":
+                    return self._call_on_save(lambda: call_event(event, *args, **kwargs))
                 return call_event(event, *args, **kwargs)
 
         self.callback_handler.call_event = call_event_at_its_weights
@@ -181,7 +189,7 @@ class ScheduleFreeMixin:
         if checkpoint is None or self._switch is None:
             return
         extra_file = os.path.join(checkpoint, EXTRA_STATE_NAME)
-        if os.path.isfile(extra_file):
+        if os.path.isfile(extra_file) and not self._fresh_optimizer:
             extra = torch.load(extra_file, map_location="cpu", weights_only=True)
             for owner in (self._switch, *self._batch_norm_callbacks):
                 owner.load_extra_state(extra)
@@ -241,7 +249,7 @@ class ScheduleFreeMixin:
 
     def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # It writes training_args.bin once more, uploads no card, and nobody looks at how its uploads end.
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self._push_deferred() or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         earlier = getattr(self.push_in_progress, "jobs", [])
         if all(job.done() for job in earlier):

@@ -1,0 +1,26 @@
+"""What a checkpoint is: its files, the record that commits it, how it is verified, and how x is exported from it.
+
+A checkpoint is *committed* by its record, `schedule_free.json`, which is written last, in a folder that is renamed into
+place as a whole. See docs/checkpoints.md.
+"""
+
+from hf_schedulefree.checkpoint.commit import commit_checkpoint, remove_old_checkpoints, staged_folder
+from hf_schedulefree.checkpoint.files import describe_weight_files, read_header
+from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, Record, read_record
+from hf_schedulefree.checkpoint.verify import find_committed, latest_committed, verify_checkpoint
+
+__all__ = [
+    "RECORD_NAME",
+    "CheckpointError",
+    "CheckpointFacts",
+    "Record",
+    "commit_checkpoint",
+    "describe_weight_files",
+    "find_committed",
+    "latest_committed",
+    "read_header",
+    "read_record",
+    "remove_old_checkpoints",
+    "staged_folder",
+    "verify_checkpoint",
+]

@@ -1,0 +1,208 @@
+"""The files that the hosts write into a checkpoint, and what a weight file says about itself in its header."""
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from hf_schedulefree.checkpoint.record import CheckpointError
+
+MODEL_FILE = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PICKLED_MODEL_FILE = "pytorch_model.bin"
+PICKLED_MODEL_INDEX = "pytorch_model.bin.index.json"
+PICKLED_ADAPTER_FILE = "adapter_model.bin"
+OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
+TRAINER_STATE = "trainer_state.json"
+SCALER_FILE = "scaler.pt"
+EXTRA_STATE_FILE = "schedule_free_state.pt"
+FSDP_MODEL_FILE = "pytorch_model_fsdp.bin"
+FSDP_MODEL_FOLDER = "pytorch_model_fsdp_0"
+FSDP_OPTIMIZER_FILE = "optimizer.bin"
+FSDP_OPTIMIZER_FOLDER = "optimizer_0"
+DEEPSPEED_LATEST = "latest"
+# transformers' SIGTERM handler puts it into a folder that it has not finished.
+SENTINEL = "checkpoint-is-incomplete.txt"
+
+# Where safetensors metadata says what the weights are. All values are strings.
+METADATA_PREFIX = "schedule_free."
+
+_MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
+
+_DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
+
+_metadata: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("weight_metadata", default=None)
+
+
+def weight_metadata(*, weights: str, step: int, optimizer: str, beta: float | None) -> dict[str, str]:
+    """What a weight file says about itself: `schedule_free.weights` ("x" or "y"), `.step`, `.optimizer`, `.beta`."""
+    facts = {"weights": weights, "step": str(step), "optimizer": optimizer}
+    if beta is not None:
+        facts["beta"] = repr(float(beta))
+    return {METADATA_PREFIX + name: value for name, value in facts.items()}
+
+
+@contextlib.contextmanager
+def describe_weight_files(metadata: Mapping[str, str]) -> Iterator[None]:
+    """Add `metadata` to the header of every safetensors file that this thread writes in a `with` block.
+
+    None of the functions that write weights (save_pretrained of transformers and of PEFT, the Trainer's own) takes
+    metadata; all of them end in `safetensors.torch.serialize_file`. Can go when `save_pretrained` takes metadata.
+    """
+    _intercept_serialize_file()
+    token = _metadata.set(metadata)
+    try:
+        yield
+    finally:
+        _metadata.reset(token)
+
+
+def _intercept_serialize_file() -> None:
+    serialize = safetensors.torch.serialize_file
+    if getattr(serialize, "__module__", None) == __name__:
+        return
+
+    @functools.wraps(serialize)
+    def serialize_file_described(
+        tensors: Any, filename: Any, metadata: Mapping[str, str] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        added = _metadata.get()
+        if added:
+            metadata = {**(metadata or {}), **added}
+        return serialize(tensors, filename, metadata, *args, **kwargs)
+
+    serialize_file_described.__module__ = __name__
+    safetensors.torch.serialize_file = serialize_file_described
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a save failed because a file could not be written (full disk, no permission, I/O error).
+
+    torch.save and safetensors raise errors of their own instead of OSError.
+    """
+    if isinstance(error, OSError):
+        return True
+    if isinstance(error, safetensors.SafetensorError):
+        return "os error" in str(error)
+    writer = ("PytorchStreamWriter", "inline_container", "cannot be opened", "unexpected pos", "Parent directory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in writer)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors file, checked against the file: `__metadata__`, and each tensor's dtype and shape.
+
+    Raises:
+        CheckpointError: the file is no whole safetensors file.
+    """
+    name = Path(path).name
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{name} is truncated or no safetensors file ({size} bytes)")
+            text = file.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from error
+    try:
+        header = json.loads(text.decode("utf-8"))
+        metadata = header.get("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata")
+        ends = [_tensor_end(entry) for tensor, entry in header.items() if tensor != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{name} is damaged: its header is not that of a safetensors file") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(f"{name} has {size} bytes; its header asks for {expected}")
+    return header
+
+
+def _tensor_end(entry: Mapping[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    elements = 1
+    for length in entry["shape"]:
+        elements *= length
+    width = _DTYPE_BYTES.get(entry["dtype"])  # None: a type that is not known here (of less than a byte, ...)
+    if not 0 <= begin <= end or (width is not None and end - begin != elements * width):
+        raise ValueError("offsets")
+    return end
+
+
+def schedule_free_metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    """The schedule-free part of a header's metadata, without its prefix; empty in any other file."""
+    metadata = header.get("__metadata__", {})
+    return {
+        key.removeprefix(METADATA_PREFIX): value for key, value in metadata.items() if key.startswith(METADATA_PREFIX)
+    }
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that hold a folder's weights: one, the shards of an index, or an adapter's.
+
+    Raises:
+        CheckpointError: an index is damaged or names a shard that is not there.
+    """
+    folder = Path(folder)
+    for name in (MODEL_FILE, ADAPTER_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
+    if (folder / MODEL_INDEX).is_file():
+        shards = [folder / shard for shard in sorted(set(read_index(folder / MODEL_INDEX).values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"{shard.name}, which {MODEL_INDEX} names, is missing")
+        return shards
+    # Several adapters: each has a folder of its own.
+    return sorted(folder.glob(f"*/{ADAPTER_FILE}"))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file: tensor -> file.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{path.name} is damaged: it has no weight_map from tensors to files")
+    return weight_map
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or holds something else.
+    """
+    name = Path(path).name
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is damaged: it is no JSON") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} is damaged: it holds no JSON object")
+    return content

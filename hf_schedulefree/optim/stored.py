@@ -1,0 +1,54 @@
+"""The three sequences of a parameter, read from a stored optimizer state: the inverse of what `state_dict` wrote.
+
+This is the only place, besides the optimizers, that knows how y and z are stored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """x, y and z of one parameter (or of one shard of it), in float64."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+
+
+def stored_beta(group: Mapping[str, Any]) -> float | None:
+    """The interpolation factor of a stored parameter group: `betas[0]`, or SGD's `momentum`; None if it has neither."""
+    beta = group["betas"][0] if "betas" in group else group.get("momentum")
+    return None if beta is None else float(beta)
+
+
+def shows_y(group: Mapping[str, Any]) -> bool:
+    """Whether the weights that were stored beside this group are y (it was in train mode), not x."""
+    return bool(group["train_mode"])
+
+
+def read_sequences(state: Mapping[str, Tensor], group: Mapping[str, Any], shown: Tensor) -> Sequences:
+    """x, y and z from a stored state.
+
+    Args:
+        state: one parameter's entry in the optimizer's `state_dict`. Empty for one that never had a gradient.
+        group: its parameter group.
+        shown: the weights stored beside it.
+    """
+    shown = shown.to(torch.float64)
+    if "z" not in state:
+        return Sequences(shown, shown, shown)
+    z = state["z"].to(torch.float64)
+    beta = stored_beta(group)
+    if shows_y(group):
+        return Sequences(averaging.x_from_y(shown, z, beta), shown, z)
+    if "y" in state:
+        y = state["y"].to(torch.float64)
+        return Sequences(averaging.x_from_y(y, z, beta), y, z)
+    return Sequences(shown, averaging.y_from_x(shown, z, beta), z)

@@ -1,0 +1,320 @@
+"""`CheckpointMixin`: the Trainer's saves become atomic, and its resumes start from whole checkpoints only."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers.trainer_callback import TrainerControl
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_schedulefree import registry, weights
+from hf_schedulefree.checkpoint import commit, files, verify
+from hf_schedulefree.checkpoint.record import CheckpointError, CheckpointFacts, files_in
+from hf_schedulefree.optim.base import ScheduleFreeOptimizer
+from hf_schedulefree.optim.stored import stored_beta
+
+logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+
+class CheckpointMixin:
+    """The part of `ScheduleFreeMixin` that deals with checkpoints; see docs/checkpoints.md.
+
+    Everything here applies to schedule-free optimizers only: with another one, the Trainer's own code runs.
+    """
+
+    # Where the Trainer's own code is told that the run's directory is, while it writes or rotates checkpoints.
+    _shown_run_dir: Path | None = None
+    _push_after_commit = False
+    _save_failed = False
+    _fresh_optimizer = False
+    # The checkpoint that this run was resumed from, once it is verified.
+    _resumed: verify.VerifiedCheckpoint | None = None
+    # The last commit: the folder, and each file's size and time of modification.
+    _committed: tuple[Path, dict[str, tuple[int, int]]] | None = None
+
+    # Saving
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        # The Trainer writes a checkpoint into whatever folder this names, and rotates what it finds there.
+        return str(self._shown_run_dir) if self._shown_run_dir is not None else super()._get_output_dir(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _run_dir_shown_as(self, path: Path) -> Iterator[None]:
+        former, self._shown_run_dir = self._shown_run_dir, path
+        try:
+            yield
+        finally:
+            self._shown_run_dir = former
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint is written aside, recorded and moved into place; older ones are removed only after that.
+        if self._switch is None or self._shown_run_dir is not None:
+            return super()._save_checkpoint(model, trial, *args, **kwargs)
+        run_dir = Path(self._get_output_dir(trial))
+        destination = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best_before = self.state.best_model_checkpoint
+        self._save_failed = False
+        self._push_after_commit = False
+        try:
+            self._write_and_commit(destination, model, trial, *args, **kwargs)
+        except Exception as error:
+            self.state.best_model_checkpoint = best_before
+            self._save_failed = True
+            if self.args.should_save:
+                with contextlib.suppress(OSError):
+                    commit.discard_staging(run_dir)
+            if not self._can_go_on_after(error):
+                raise
+            newest, _ = verify.find_committed(run_dir)
+            logger.error(
+                f"Saving {destination} failed: {error}. Training goes on without this checkpoint; "
+                + (f"the newest whole one is {newest.folder}." if newest else "there is no other one yet.")
+            )
+            return None
+        if self._push_after_commit:
+            self._push_from_checkpoint(str(destination))
+        if self.args.should_save:
+            self._remove_old_checkpoints(run_dir, destination)
+
+    def _write_and_commit(self, destination: Path, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        staged = destination.parent / commit.STAGING / destination.name
+        if self.args.should_save:
+            commit.staged_folder(destination.parent, destination.name)
+        self._meet()
+        with self._run_dir_shown_as(staged.parent):
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        self._name_best_checkpoint(destination)
+        if self.args.should_save:
+            # Written once more, because it named the best checkpoint by its place in the staging folder.
+            self.state.save_to_json(str(staged / files.TRAINER_STATE))
+        facts = self._checkpoint_facts()
+        self._meet()
+        self._on_writers(lambda: commit.commit_checkpoint(staged, facts, destination=destination))
+        if self.args.local_process_index == 0 and not self.args.should_save:
+            commit.discard_staging(destination.parent)  # a node whose disk is not the main one's
+        self._committed = (destination, _stamps(destination)) if self.args.should_save else None
+
+    def _name_best_checkpoint(self, destination: Path) -> None:
+        """As the Trainer does it, by the final name of this checkpoint."""
+        if self.state.best_global_step:
+            best = destination.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == destination or best.exists():
+                self.state.best_model_checkpoint = str(best)
+
+    def _checkpoint_facts(self) -> CheckpointFacts:
+        optimizer = weights.unwrap_optimizer(self.optimizer)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+        package = sys.modules[type(optimizer).__module__.partition(".")[0]]
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
+        return CheckpointFacts(
+            step=self.state.global_step,
+            optimizer=type(optimizer).__name__,
+            version=getattr(package, "__version__", None),
+            world_size=self.args.world_size,
+            engine=engine or ("ddp" if self.args.world_size > 1 else "single"),
+            beta=stored_beta(self._switch.param_groups[0]),
+            parameters=groups if all(name is not None for group in groups for name in group) else [],
+        )
+
+    def _weight_metadata(self) -> dict[str, str]:
+        """What weight files written now say about themselves."""
+        return files.weight_metadata(
+            weights="x",
+            step=self.state.global_step,
+            optimizer=type(weights.unwrap_optimizer(self.optimizer)).__name__,
+            beta=stored_beta(self._switch.param_groups[0]),
+        )
+
+    def _can_go_on_after(self, error: Exception) -> bool:
+        # Where several processes write, the others may wait for one that failed: only their end can free them.
+        return isinstance(error, CommitError) or (self.args.world_size == 1 and files.is_write_error(error))
+
+    def _push_deferred(self) -> bool:
+        """Whether a push must wait: it reads the folder later, when it has its final name."""
+        self._push_after_commit = self._push_after_commit or self._shown_run_dir is not None
+        return self._shown_run_dir is not None
+
+    def _remove_old_checkpoints(self, run_dir: Path, newest: Path) -> None:
+        keep = [newest, self.state.best_model_checkpoint]
+        try:
+            for removed in commit.remove_old_checkpoints(run_dir, self.args.save_total_limit, keep):
+                logger.info(f"Deleted older checkpoint {removed} due to args.save_total_limit")
+        except OSError as error:
+            logger.warning(f"An older checkpoint could not be removed: {error}")
+
+    def _tune_save_checkpoint(self, checkpoint_dir: str, *args: Any, **kwargs: Any) -> None:
+        # Ray Tune copies the folder away as a whole; it only has to be recorded.
+        super()._tune_save_checkpoint(checkpoint_dir, *args, **kwargs)
+        if self._switch is not None and self.args.should_save:
+            folder = Path(checkpoint_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            commit.commit_checkpoint(folder, self._checkpoint_facts())
+
+    def _call_on_save(self, call: Callable[[], TrainerControl]) -> TrainerControl:
+        """Call the `on_save` callbacks: not after a failed save, and with what they write recorded as well."""
+        if self._save_failed:
+            return self.control
+        control = call()
+        if self._committed is not None and self._committed[0].is_dir():
+            folder, stamps = self._committed
+            if _stamps(folder) != stamps:
+                try:
+                    commit.commit_checkpoint(folder)
+                except OSError as error:
+                    logger.error(f"What callbacks wrote into {folder} could not be recorded: {error}")
+        return control
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # With save_total_limit=1 and a best checkpoint, the Trainer would remove the newest one here.
+        if self._switch is None or self.args.save_total_limit != 1:
+            return super()._finalize_training(*args, **kwargs)
+        with self._run_dir_shown_as(Path(self.args.output_dir) / commit.STAGING):
+            return super()._finalize_training(*args, **kwargs)
+
+    # Resuming
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        fresh_optimizer: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        # True means the newest whole checkpoint, and a path is refused unless it is whole.
+        self._fresh_optimizer, self._resumed = fresh_optimizer, None
+        if resume_from_checkpoint and self._is_schedule_free_run():
+            self._resumed = self._chosen_by_main(lambda: self._choose_checkpoint(resume_from_checkpoint))
+            resume_from_checkpoint = str(self._resumed.folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_schedule_free_run(self) -> bool:
+        """Whether the optimizer is (or, where there is none yet, will be) a schedule-free one."""
+        if self.optimizer is not None and self.model_init is None:
+            return self._switch is not None
+        optimizer_class = (self.optimizer_cls_and_kwargs or (None,))[0]
+        if optimizer_class is not None:
+            return isinstance(optimizer_class, type) and (
+                issubclass(optimizer_class, ScheduleFreeOptimizer)
+                or optimizer_class.__module__.partition(".")[0] == "schedulefree"
+            )
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        return name in registry.SPECS or name.startswith("schedule_free")
+
+    def _choose_checkpoint(self, resume_from_checkpoint: str | bool) -> verify.VerifiedCheckpoint:
+        if resume_from_checkpoint is True:
+            run_dir = Path(self.args.output_dir)
+            commit.finish_interrupted_move(run_dir)
+            found, skipped = verify.find_committed(run_dir, need_optimizer=not self._fresh_optimizer)
+            skipped_text = f"skipped: {'; '.join(skipped)}" if skipped else ""
+            if found is None:
+                hint = " To go on from weights alone, call train(..., fresh_optimizer=True)." if skipped else ""
+                raise CheckpointError(f"No valid checkpoint found in output directory ({run_dir}) {skipped_text}{hint}")
+            (logger.warning if skipped else logger.info)(f"Resuming from {found.folder}. {skipped_text}")
+            return found
+        folder = Path(resume_from_checkpoint)
+        commit.finish_interrupted_move(folder.parent)
+        try:
+            found = verify.verify_checkpoint(folder)
+            if not found.has_optimizer_state and not self._fresh_optimizer:
+                raise CheckpointError(
+                    f"{files.OPTIMIZER_FILE} is missing, as in a checkpoint of save_only_model. To go on from its "
+                    "weights with a new optimizer (x = y = z), call train(..., fresh_optimizer=True)"
+                )
+        except CheckpointError as error:
+            raise CheckpointError(f"Cannot resume from {folder}: {error}. {_newest_beside(folder)}") from error
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # The Trainer skips an optimizer state that is missing, and loads that of any other optimizer.
+        if checkpoint is None or self._switch is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        if self._resumed is None:  # a Trainer whose own create_optimizer made a schedule-free one
+            self._resumed = self._chosen_by_main(lambda: self._choose_checkpoint(checkpoint))
+        optimizer_class = type(weights.unwrap_optimizer(self.optimizer)).__name__
+        written_by = self._resumed.optimizer or verify.optimizer_of_state(folder)
+        fits = written_by in (None, optimizer_class)
+        if not fits and not self._fresh_optimizer:
+            raise CheckpointError(
+                f"Cannot resume from {folder}: its optimizer state was written by {written_by}, and this run uses "
+                f"{optimizer_class}. Use the same optimizer, or start a new one from the weights by "
+                "train(..., fresh_optimizer=True)."
+            )
+        if fits and self._resumed.has_optimizer_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if self._fresh_optimizer:
+            self._switch.show_x()
+            self._switch.restart()
+            logger.info(f"A fresh optimizer goes on from the weights in {folder}: x = y = z.")
+        return None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that is resumed after its last step has nothing to do; the Trainer would take one step more.
+        if self._switch is not None and self._resumed is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    # Several processes
+
+    def _meet(self) -> None:
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _on_writers(self, act: Callable[[], Any]) -> None:
+        """Run `act` where files are written (the main process, or one per node); every process learns if it failed."""
+        error = None
+        if self.args.should_save:
+            try:
+                act()
+            except OSError as raised:
+                error = raised
+        if self.args.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        texts: list[str | None] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(texts, None if error is None else str(error))
+        failed = [text for text in texts if text is not None]
+        if failed:
+            raise CommitError("; ".join(failed)) from error
+
+    def _chosen_by_main(self, choose: Callable[[], Result]) -> Result:
+        """What the main process chooses, on every process; so are its errors."""
+        if self.args.world_size == 1:
+            return choose()
+        outcome: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                outcome[0] = choose()
+            except CheckpointError as error:
+                outcome[1] = str(error)
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise CheckpointError(outcome[1])
+        return outcome[0]
+
+
+class CommitError(OSError):
+    """A checkpoint that every process had written could not be committed; all processes know it."""
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of modification of each file, to see whether a callback wrote into the folder."""
+    return {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in files_in(folder).items()}
+
+
+def _newest_beside(folder: str | os.PathLike[str]) -> str:
+    """A sentence that names the newest whole checkpoint in the same run."""
+    run_dir = Path(folder).absolute().parent
+    newest, _ = verify.find_committed(run_dir, need_optimizer=True)
+    if newest is None:
+        return f"There is no whole checkpoint in {run_dir}."
+    return f"The newest whole checkpoint in {run_dir} is {newest.folder.name}."
