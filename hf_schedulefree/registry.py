@@ -80,8 +80,18 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-_COMMON_FIELDS = {"lr": lambda args: args.learning_rate, "weight_decay": lambda args: args.weight_decay}
-_COMMON_OPTIONS = {"r": float, "weight_lr_power": float, "implementation": str}
+_COMMON_FIELDS = {
+    "lr": lambda args: args.learning_rate,
+    "weight_decay": lambda args: args.weight_decay,
+    "rounding_seed": lambda args: args.seed,
+}
+_COMMON_OPTIONS = {
+    "r": float,
+    "weight_lr_power": float,
+    "implementation": str,
+    "state_precision": str,
+    "rounding_seed": int,
+}
 _ADAM_FIELDS = {
     **_COMMON_FIELDS,
     "betas": lambda args: (args.adam_beta1, args.adam_beta2),

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_schedulefree.optim import directions
 from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.precision import StatePrecision
 
 
 class AdamWScheduleFree(ScheduleFreeOptimizer):
@@ -28,6 +29,8 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         weight_lr_power: a step's weight in the average is (largest learning rate so far)^weight_lr_power, >= 0.
         implementation: see `ScheduleFreeOptimizer`.
         foreach: see `ScheduleFreeOptimizer`.
+        state_precision: see `ScheduleFreeOptimizer`.
+        rounding_seed: see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -55,6 +58,8 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         foreach: bool | None = None,
         *,
         implementation: Implementation | None = None,
+        state_precision: StatePrecision | None = None,
+        rounding_seed: int = 0,
     ):
         options = {
             "lr": lr,
@@ -64,6 +69,8 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
             "warmup_steps": warmup_steps,
             "r": r,
             "weight_lr_power": weight_lr_power,
+            "state_precision": state_precision,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 

@@ -2,13 +2,16 @@
 
 import logging
 import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, directions, sharding
+from hf_schedulefree.optim import averaging, conversion, directions, precision, precision_step, sharding
+from hf_schedulefree.optim.precision import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,11 @@ _OPTION_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eps": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
     "silent_sgd_phase": (lambda v: isinstance(v, bool), "True or False"),
     "momentum": (lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1); at 0 the average x could not be recovered"),
+    "state_precision": (
+        lambda v: v is None or v in precision.STATE_PRECISIONS,
+        f"None or one of {precision.STATE_PRECISIONS}",
+    ),
+    "rounding_seed": (lambda v: isinstance(v, int), "a whole number"),
     "betas": (
         lambda v: len(v) == 2 and all(map(_finite, v)) and 0 < v[0] < 1 and 0 <= v[1] < 1,
         "(beta1, beta2) with beta1 in (0, 1) and beta2 in [0, 1); at beta1 = 0 the average x could not be recovered",
@@ -62,9 +70,18 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     A subclass gives its direction (`_direction`), its learning-rate factor (`_lr_factor`) and the name of its
     averaging beta (`_beta`). It never touches x, y or z.
 
-    State per parameter, created at the parameter's first gradient: `z` (shape and dtype of the parameter), what the
-    subclass adds, and `y` while parked. Group keys are those of `schedulefree` 1.4.1 where the meaning is the same, and
-    `state_dict`s load in both directions.
+    State per parameter, created at the parameter's first gradient: `z`, what the subclass adds, `y` while parked, and
+    for half-precision parameters `y_low`, 16 more bits of y (see `state_precision`). Group keys are those of
+    `schedulefree` 1.4.1 where the meaning is the same, and `state_dict`s load in both directions.
+
+    Two group options concern parameters in bfloat16 or float16 only, whose small updates would be rounded away; others
+    keep everything in their own dtype:
+
+    - `state_precision`: "split" (y is the parameter and 16 more bits in the state, z and the second moment are
+      stochastically rounded; 8 bytes per parameter, the parameter included), "stochastic" (all of them stochastically
+      rounded; 6 bytes), "full" (y as in "split", the others in float32; 12 bytes), "parameter" (all in the parameter's
+      dtype, rounded to nearest, as in `schedulefree`: x is not the average any more; 6 bytes), or None ("split").
+    - `rounding_seed`: seeds the stochastic rounding, which draws nothing from torch's generators.
 
     Args:
         params: parameters or parameter groups; a group may override every option below.
@@ -134,7 +151,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             for p, state in self._started(group):
                 if "y" not in state:
                     state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                p.copy_(averaging.x_from_y(state["y"], state["z"], self._beta(group)))
+                sharding.local(p).copy_(self._x(group, state))
             group["parked_k"] = group["k"]
             group["train_mode"] = False
 
@@ -157,7 +174,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if group["train_mode"] is False:
                 for p, state in self._started(group):
                     if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
-                        state["y"] = averaging.y_from_x(p, state["z"], self._beta(group))
+                        state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                        y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
+                        precision.store_y(y, state["y"], state)
             group["train_mode"] = None
             for p, state in self._started(group):
                 if "y" in state:
@@ -177,15 +196,16 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if not groups:
             return False
         replaced = any(
-            not averaging.same_bits(
-                sharding.local(p),
-                averaging.x_from_y(sharding.local(state["y"]), sharding.local(state["z"]), self._beta(group)),
-            )
+            not averaging.same_bits(sharding.local(p), self._x(group, state))
             for group in groups
             for p, state in self._started(group)
             if "y" in state
         )
         return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
+
+    def _x(self, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor:
+        """x as the parameter shows it, from the parked y and z; of a `DTensor`, this process's shard."""
+        return precision.rounded_x(state, self._beta(group))
 
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
@@ -209,10 +229,15 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if "z" not in state:
             state["z"] = p.detach().clone(memory_format=torch.preserve_format)
             state.update(self._new_state(p))
+            conversion.convert(p, state, self._storage(group, p))
             if group["train_mode"] is False:
-                state["y"] = state["z"].clone(memory_format=torch.preserve_format)
+                state["y"] = p.detach().clone(memory_format=torch.preserve_format)
                 group["parked_k"] = group["k"]
         return state
+
+    def _storage(self, group: dict[str, Any], p: Tensor) -> Storage | None:
+        """How the state of a half-precision parameter is kept; None if simply in the parameter's dtype."""
+        return precision.storage_for(p.dtype, group["state_precision"])
 
     def _started(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The parameters of a group that have had a gradient, with their state (reading creates none)."""
@@ -227,6 +252,29 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
         return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a state that was kept in another precision (also by `schedulefree`) is converted to this one's.
+
+        The precision is this object's choice, as the dtype of the parameters is; the rounding seed is that of the run.
+        """
+        loaded: list[dict[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
+        chosen = [group["state_precision"] for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for group, state_precision in zip(self.param_groups, chosen, strict=True):
+            group["state_precision"] = state_precision
+        conversion.undo_casts(self, loaded[0])
+        changes: Counter[str] = Counter()
+        for group in self.param_groups:
+            for p, state in self._started(group):
+                changes.update(conversion.convert_loaded(p, state, self._storage(group, p), self._beta(group)))
+        if changes:
+            logger.warning(conversion.message(changes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "implementation": self.implementation}
@@ -250,9 +298,17 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if self.param_groups:
             param_group.setdefault("train_mode", self.mode == "train")
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for p in group["params"]:
             if p.is_complex():
                 raise ValueError(f"{type(self).__name__} takes real parameters; got one of dtype {p.dtype}")
+        if group["state_precision"] == "parameter" and any(p.dtype in precision.HALF_DTYPES for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__}: with state_precision='parameter' and half-precision parameters, small updates "
+                "are rounded away, and x is not the average any more. Leave it out (or use 'split', 'stochastic' or "
+                "'full') to keep the average.",
+                stacklevel=2,
+            )
 
     def _validate(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -296,7 +352,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             if group["params"]:
                 self._recall_counters(index, group)
-                self._step_group(group)
+                self._step_group(index, group)
                 self._keep_counters(index, group)
         return loss
 
@@ -336,7 +392,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if "z" in self.state.get(p, ()):
                 self.state[p]["counters"] = {name: group[name] for name in _FRESH_COUNTERS}
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, index: int, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) * self._lr_factor(group)
         group["scheduled_lr"] = lr  # the rate this step really used, for logging
         group["lr_max"] = max(lr, group["lr_max"])
@@ -344,7 +400,29 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
         )
         beta, direction = self._beta(group), self._direction(group)
-        for params in self._chunks([p for p in group["params"] if p.grad is not None]):
+        plain: list[Tensor] = []
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        for position, p in enumerate(group["params"], start=first):
+            if p.grad is None:
+                continue
+            storage = self._storage(group, p)
+            if storage is None:
+                plain.append(p)
+                continue
+            self._refuse_sparse(p)
+            precision_step.step_(
+                p,
+                p.grad,
+                self._init_state(group, p),
+                storage,
+                direction=direction,
+                weight_decay=group["weight_decay"],
+                lr=lr,
+                beta=beta,
+                c=c,
+                key=precision.rounding_key(group["rounding_seed"], group["k"], position),
+            )
+        for params in self._chunks(plain):
             grads = [p.grad for p in params]
             states = [self._init_state(group, p) for p in params]
             second_moments = [state["exp_avg_sq"] for state in states] if direction.beta2 is not None else []
@@ -363,8 +441,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         chunk: list[Tensor] = []
         elements = 0
         for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+            self._refuse_sparse(p)
             if chunk and elements + p.numel() > limit:
                 yield chunk
                 chunk, elements = [], 0
@@ -372,6 +449,10 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             elements += p.numel()
         if chunk:
             yield chunk
+
+    def _refuse_sparse(self, p: Tensor) -> None:
+        if p.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
 
     def _is_dry_run(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to create the state: a step at lr 0 on zero gradients.

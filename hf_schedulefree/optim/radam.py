@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_schedulefree.optim import directions
 from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.precision import StatePrecision
 
 # Below this length of the approximated moving average its variance cannot be rectified (Liu et al. 2020, section 4.2).
 _SHORTEST_AVERAGE = 4.0
@@ -48,6 +49,8 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         foreach: see `ScheduleFreeOptimizer`.
         silent_sgd_phase: whether the weights rest until the rectification is defined.
         implementation: see `ScheduleFreeOptimizer`.
+        state_precision: see `ScheduleFreeOptimizer`.
+        rounding_seed: see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -66,6 +69,8 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         silent_sgd_phase: bool = True,
         *,
         implementation: Implementation | None = None,
+        state_precision: StatePrecision | None = None,
+        rounding_seed: int = 0,
     ):
         options = {
             "lr": lr,
@@ -75,6 +80,8 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
             "r": r,
             "weight_lr_power": weight_lr_power,
             "silent_sgd_phase": silent_sgd_phase,
+            "state_precision": state_precision,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.precision import StatePrecision
 
 
 class SGDScheduleFree(ScheduleFreeOptimizer):
@@ -24,6 +25,8 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         weight_lr_power: a step's weight in the average is (largest learning rate so far)^weight_lr_power, >= 0.
         foreach: see `ScheduleFreeOptimizer`.
         implementation: see `ScheduleFreeOptimizer`.
+        state_precision: see `ScheduleFreeOptimizer`.
+        rounding_seed: see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -41,6 +44,8 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         foreach: bool | None = None,
         *,
         implementation: Implementation | None = None,
+        state_precision: StatePrecision | None = None,
+        rounding_seed: int = 0,
     ):
         options = {
             "lr": lr,
@@ -49,6 +54,8 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
             "warmup_steps": warmup_steps,
             "r": r,
             "weight_lr_power": weight_lr_power,
+            "state_precision": state_precision,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 

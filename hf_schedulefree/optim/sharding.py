@@ -25,6 +25,23 @@ def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
     return flag
 
 
+def global_index(parameter: Tensor, start: int, stop: int) -> Tensor:
+    """The positions, in the whole parameter in row-major order, of elements start..stop of this process's shard."""
+    index = torch.arange(start, stop, device=local(parameter).device)
+    if not _is_sharded(parameter):
+        return index
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    position = torch.zeros_like(index)
+    stride = 1
+    for size, local_size, first in reversed(list(zip(parameter.shape, shape, offset, strict=True))):
+        position += (index % local_size + first) * stride
+        index //= local_size
+        stride *= size
+    return position
+
+
 def _is_sharded(tensor: Tensor) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False

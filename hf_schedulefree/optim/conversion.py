@@ -1,0 +1,76 @@
+"""Optimizer state that was saved in another precision than the one it is loaded into."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging, precision, sharding
+from hf_schedulefree.optim.precision import Y_LOW, Storage
+
+
+def undo_casts(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give the state the dtypes again in which it was saved: torch has cast all of it to those of the parameters."""
+    ids = (i for group in state_dict["param_groups"] for i in group["params"])
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    for i, p in zip(ids, params, strict=True):
+        for name, saved in state_dict["state"].get(i, {}).items():
+            kept = optimizer.state[p].get(name) if p in optimizer.state else None
+            if isinstance(kept, Tensor) and kept.dtype != saved.dtype:
+                optimizer.state[p][name] = saved.to(device=p.device)
+
+
+def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> list[str]:
+    """Bring the state of one parameter into `storage`: tensors are replaced, never written to.
+
+    Values are rounded to nearest where the new storage is narrower.
+
+    Returns:
+        What was changed, in words.
+    """
+    changes = []
+    has_low, keeps_low = Y_LOW in state, storage is not None and storage.low_bits
+    parked = precision.wide(state["y"], state) if "y" in state and state["y"].dtype != p.dtype else None
+    if has_low and not keeps_low:
+        del state[Y_LOW]
+        changes.append(f"{Y_LOW} dropped")
+    elif keeps_low and (not has_low or parked is not None):
+        state[Y_LOW] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+        changes.append(f"{Y_LOW} {'renewed' if has_low else 'added'}")
+    for name, kept in list(state.items()):
+        if not (isinstance(kept, Tensor) and kept.is_floating_point()):
+            continue
+        dtype = p.dtype if storage is None or name == "y" else storage.dtype(name)
+        if kept.dtype != dtype:
+            state[name] = kept.to(dtype)
+            changes.append(f"{name} from {kept.dtype} to {dtype}")
+    if parked is not None:
+        precision.store_y(parked, state["y"], state)
+    return changes
+
+
+def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None, beta: float) -> list[str]:
+    """As `convert`, for a state that may hold a parked y: the parameter then shows the x of the converted state.
+
+    Where the parameter does not hold the x of the saved state (the weights may be loaded later), the parked y is
+    dropped, and y will follow from the weights.
+    """
+    saved = dict(state)
+    changes = convert(p, state, storage)
+    if changes and "y" in saved:
+        shown = sharding.local(p)
+        if averaging.same_bits(shown, precision.rounded_x(saved, beta).to(p.dtype)):
+            shown.copy_(precision.rounded_x(state, beta))
+        else:
+            del state["y"]
+    return changes
+
+
+def message(changes: Mapping[str, int]) -> str:
+    """What to tell the user about converted state: `changes` counts the tensors of each change."""
+    listed = ", ".join(f"{change} ({count} tensors)" for change, count in changes.items())
+    return (
+        f"The loaded optimizer state was kept in another precision and is converted: {listed}. To continue a run bit "
+        "for bit, use the state_precision and the dtype of the model that it was started with."
+    )

@@ -1,0 +1,218 @@
+"""How y, z and the moments of half-precision parameters are stored, so that small updates are not lost.
+
+Schedule-free training adds c = 1/k of a small difference to y, and late in a run that is less than half a unit in the
+last place of a bfloat16: rounded to nearest, y stands still and x = y + (1 - 1/beta)(z - y) is not the average any
+more. Two things help, and this file holds both as pure functions:
+
+- *low bits*: y is the parameter plus 16 further bits in the state (`y_low`), together an exact float32;
+- *stochastic rounding*: a value is rounded up or down with the probability that makes it right on average.
+
+All arithmetic of a step is done in float32, whatever the storage. The random numbers are a function of (seed, step,
+parameter, element) alone, computed in wrapping 64-bit integers: the same on every device and for every sharding, and
+without a draw from any of torch's generators.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging, sharding
+
+StatePrecision = Literal["split", "stochastic", "full", "parameter"]
+STATE_PRECISIONS: tuple[StatePrecision, ...] = ("split", "stochastic", "full", "parameter")
+
+# The state key of the 16 bits that continue the parameter.
+Y_LOW = "y_low"
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+# Which 16 of an element's 64 random bits round which tensor.
+_RANDOM_BITS = {"z": 0, "exp_avg_sq": 16, "y": 32}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the state of one parameter is kept, if not all of it simply in the parameter's dtype.
+
+    Args:
+        low_bits: y is the parameter and `y_low`; otherwise it is the parameter, stochastically rounded.
+        z: the dtype of z. A half-precision dtype is rounded stochastically.
+        moments: as `z`, for the optimizer's other tensors.
+    """
+
+    low_bits: bool
+    z: torch.dtype
+    moments: torch.dtype
+
+    @property
+    def is_random(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return not self.low_bits or self.z in HALF_DTYPES or self.moments in HALF_DTYPES
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of the state tensor `key`."""
+        return torch.int16 if key == Y_LOW else self.z if key == "z" else self.moments
+
+
+def storage_for(dtype: torch.dtype, state_precision: StatePrecision | None) -> Storage | None:
+    """The storage for parameters of `dtype`; None: everything is kept, and computed, in the parameter's own dtype.
+
+    The choice concerns half precision: float32 and float64 parameters always keep their own. The moments of float16
+    parameters are kept in bfloat16, as squares of gradients leave the range of float16.
+    """
+    if dtype not in HALF_DTYPES or state_precision == "parameter":
+        return None
+    if state_precision == "full":
+        return Storage(low_bits=True, z=torch.float32, moments=torch.float32)
+    return Storage(low_bits=state_precision != "stochastic", z=dtype, moments=torch.bfloat16)
+
+
+# Low bits
+
+
+def split(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A float32 `y` as a half-precision value, rounded to nearest, and the 16 bits that are missing in it.
+
+    bfloat16 is the upper half of a float32, so (high + low) is the bit pattern itself: high = (bits + 0x8000) >> 16 is
+    rounded (half away from zero), and low = bits - (high << 16) lies in [-0x8000, 0x7fff]. `join` is exact for all
+    finite values. As with torch's own cast, a y within half a unit of 2^128 shows as infinity (and still joins to y).
+
+    float16 has another exponent: low counts 2^-15 units in the last place of the rounded value. `join` is exact for
+    2^-16 <= |y| < 65520, the bounds of float16 itself, and below that true to 2^-40.
+
+    Returns:
+        The parameter's value, of `dtype`, and `y_low`, int16, in the shape of `y`.
+    """
+    if dtype == torch.bfloat16:
+        bits = y.view(torch.int32)
+        high = (bits + 0x8000) >> 16
+        low = (bits - (high << 16)).to(torch.int16)
+        high = high.to(torch.int16).view(torch.bfloat16)
+        nan = y.isnan()  # adding to its bits may give any value
+        return torch.where(nan, y.to(dtype), high), low.masked_fill_(nan, 0)
+    rounded = y.to(dtype)
+    low = (y - rounded.float()).div_(_half_low_unit(rounded)).round_()
+    return rounded, torch.where(rounded.isfinite(), low, torch.zeros_like(low)).to(torch.int16)
+
+
+def join(parameter: Tensor, low: Tensor) -> Tensor:
+    """The float32 that `split` took apart, as a new tensor."""
+    if parameter.dtype == torch.bfloat16:
+        bits = parameter.view(torch.int16).to(torch.int32)
+        return bits.bitwise_left_shift_(16).add_(low).view(torch.float32)
+    return low.float().mul_(_half_low_unit(parameter)).add_(parameter)
+
+
+def wide(y: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
+    """y with all that the state knows of it, in float32 or wider; of a `DTensor`, this process's shard.
+
+    Args:
+        y: the parameter in train mode, or the parked y.
+        state: of the parameter; without it, y is what `y` holds.
+    """
+    y = sharding.local(y)
+    if state and Y_LOW in state:
+        return join(y, sharding.local(state[Y_LOW]))
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def wide_x(y: Tensor, state: Mapping[str, Tensor], beta: float) -> Tensor:
+    """The averaged weights in float32 or wider, from the y of `wide` and the z in the state."""
+    return averaging.x_from_y(wide(y, state), sharding.local(state["z"]), beta)
+
+
+def rounded_x(state: Mapping[str, Tensor], beta: float) -> Tensor:
+    """The averaged weights as the parameter shows them: from the parked y, rounded once to the dtype of the model."""
+    return wide_x(state["y"], state, beta).to(state["y"].dtype)
+
+
+def store_y(value: Tensor, y: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Write a y of float32 or wider into the tensor `y`, rounded to nearest, and into `y_low` if the state has it."""
+    if Y_LOW not in state:
+        sharding.local(y).copy_(value)
+        return
+    high, low = split(value, y.dtype)
+    sharding.local(y).copy_(high)
+    sharding.local(state[Y_LOW]).copy_(low)
+
+
+def _half_low_unit(parameter: Tensor) -> Tensor:
+    """2^-15 units in the last place of float16 values, as float32; subnormal values have the smallest normal's unit."""
+    exponent = (parameter.float().view(torch.int32) >> 23) & 0xFF
+    return exponent.clamp_(113, 142).sub_(10 + 15).bitwise_left_shift_(23).view(torch.float32)
+
+
+# Stochastic rounding
+
+_MASK64 = 2**64 - 1
+# The finalizer and the increment of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+# generators"; constants of Stafford's variant 13).
+_INCREMENT = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def rounding_key(seed: int, step: int, parameter: int) -> int:
+    """The key of one parameter's random numbers at one step: 64 bits.
+
+    Args:
+        seed: of the run.
+        step: finished steps, `k` of the group.
+        parameter: its position among all parameters of the optimizer.
+    """
+    key = 0
+    for word in (seed, step, parameter):
+        key = _mix(key + (word & _MASK64) + _INCREMENT & _MASK64)
+    return key
+
+
+def _mix(bits: int) -> int:
+    bits = (bits ^ (bits >> 30)) * _MULTIPLIERS[0] & _MASK64
+    bits = (bits ^ (bits >> 27)) * _MULTIPLIERS[1] & _MASK64
+    return bits ^ (bits >> 31)
+
+
+def _signed(bits: int) -> int:
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def random_bits(key: int, index: Tensor) -> Tensor:
+    """64 random bits for each element, as int64: a function of the key and the element's global index (int64)."""
+    bits = (index * _signed(_INCREMENT)).add_(_signed((key + _INCREMENT) & _MASK64))
+    bits = bits.bitwise_xor_((bits >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_MULTIPLIERS[0]))
+    bits = bits.bitwise_xor_((bits >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_MULTIPLIERS[1]))
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
+
+
+def bits_for(name: str, bits: Tensor) -> Tensor:
+    """The 16 of an element's random bits that round the tensor `name`: int32 in [0, 2^16)."""
+    return (bits >> _RANDOM_BITS[name]).bitwise_and_(0xFFFF).to(torch.int32)
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """Round float32 to half precision, up with the probability that the value's distance from below has.
+
+    Args:
+        value: float32.
+        dtype: bfloat16 or float16.
+        random: uniform in [0, 2^16), int32, in the shape of `value`.
+
+    Returns:
+        A tensor of `dtype`, equal to `value` on average (to 2^-17 units in the last place); values that `dtype` can
+        hold, infinities and NaN stay what they are.
+    """
+    bits = value.view(torch.int32)
+    if dtype == torch.bfloat16:  # the upper half of the bits: add below them, and cut off
+        rounded = ((bits + random) >> 16).to(torch.int16).view(torch.bfloat16)
+    else:  # 13 bits are cut off, and one more for each power of two below the smallest normal value, 2^-14
+        exponent = ((bits >> 23) & 0xFF).to(torch.int64)
+        significand = (bits & 0x7FFFFF).to(torch.int64).add_((exponent > 0) * 0x800000)
+        unit = exponent.clamp(min=113)
+        cut = (unit - exponent).clamp_(max=27).add_(13)
+        random = (random.to(torch.int64) << cut) >> 16
+        whole = ((significand + random) >> cut).float()
+        unit_value = (unit - 10).clamp_(max=254).bitwise_left_shift_(23).to(torch.int32).view(torch.float32)
+        rounded = (whole * unit_value).copysign_(value).to(torch.float16)
+    return torch.where(value.isfinite(), rounded, value.to(dtype))
