@@ -9,7 +9,7 @@ from test_optim import backward, copied, make_net, run, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from hf_schedulefree.optim import AdamWScheduleFree, averaging
+from hf_schedulefree.optim import AdamWScheduleFree, averaging, precision
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -215,7 +215,9 @@ def test_a_state_saved_in_eval_mode_returns_to_the_same_y(dtype):
 def test_half_precision_x_is_rounded_once():
     net, optimizer = trained(dtype=torch.bfloat16)
     expected = {
-        name: averaging.x_from_y(p.detach().float(), optimizer.state[p]["z"].float(), 0.9).bfloat16()
+        name: averaging.x_from_y(
+            precision.join(p.detach(), optimizer.state[p]["y_low"]), optimizer.state[p]["z"].float(), 0.9
+        ).bfloat16()
         for name, p in net.named_parameters()
         if p.grad is not None
     }
