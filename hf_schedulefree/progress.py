@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, sharding
+from hf_schedulefree.optim import averaging, precision, sharding
 from hf_schedulefree.weights import WeightSwitch
 
 _COUNTERS = ("k", "lr_max", "r", "weight_lr_power", "weight_sum")
@@ -52,7 +52,7 @@ def squared_norms(optimizer: Any) -> Tensor:
             state = optimizer.state.get(p, {})
             if "z" not in state or not beta:
                 continue
-            y, z = sharding.local(state.get("y", p)), sharding.local(state["z"])
+            y, z = precision.wide(state.get("y", p), state), sharding.local(state["z"])
             distances.append((1 - 1 / beta) ** 2 * torch.linalg.vector_norm(z - y, dtype=torch.float32) ** 2)
             norms.append(torch.linalg.vector_norm(y, dtype=torch.float32) ** 2)
     if not norms:

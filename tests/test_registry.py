@@ -94,7 +94,7 @@ def test_options_come_from_the_arguments(tmp_path):
         tmp_path, adam_beta1=0.8, adam_beta2=0.97, adam_epsilon=1e-5, weight_decay=0.3, learning_rate=0.007
     )
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    assert kwargs == {"lr": 0.007, "betas": (0.8, 0.97), "eps": 1e-5, "weight_decay": 0.3}
+    assert kwargs == {"lr": 0.007, "betas": (0.8, 0.97), "eps": 1e-5, "weight_decay": 0.3, "rounding_seed": 42}
 
 
 @pytest.mark.parametrize(
