@@ -10,8 +10,8 @@ make_venv plot
 exec .venv/bin/python scripts/finetune_lm.py \
     --report \
     --output_dir runs/quickstart \
-    --max_steps 500 \
-    --per_device_train_batch_size 16 \
+    --max_steps 800 \
+    --per_device_train_batch_size 8 \
     --max_eval_samples 128 \
     --save_steps 0.5 \
     --dataloader_pin_memory False \
