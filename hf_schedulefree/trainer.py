@@ -212,10 +212,12 @@ class ScheduleFreeMixin(CheckpointMixin):
         with self.averaged_weights():
             return super().predict(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> Any:
-        # What is saved is what was evaluated.
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        # What is saved is what was evaluated; an upload that still reads the folder would be torn.
+        if output_dir is None:
+            self._finish_current_push()
         with self.averaged_weights():
-            return super().save_model(*args, **kwargs)
+            return super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # Weights, optimizer state and the mode recorded in it are written in one mode, so they agree on resume.
@@ -251,6 +253,8 @@ class ScheduleFreeMixin(CheckpointMixin):
         # It writes training_args.bin once more, uploads no card, and nobody looks at how its uploads end.
         if self._push_deferred() or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        if self.args.hub_always_push:
+            self._finish_current_push()  # the Trainer would overwrite the files that the upload is reading
         earlier = getattr(self.push_in_progress, "jobs", [])
         if all(job.done() for job in earlier):
             self.create_model_card(model_name=Path(self.hub_model_id).name)

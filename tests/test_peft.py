@@ -167,3 +167,26 @@ def test_several_adapters_resume(active, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert set(second.y[6]) == set(witness.y[6])
     assert all(torch.equal(second.y[6][name], y) for name, y in witness.y[6].items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base(bits, tmp_path):
+    """QLoRA: the base stays quantised and untouched, the adapter is saved at x."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantised = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 8: {"load_in_8bit": True}}[bits]
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(**quantised), device_map={"": "cpu"}
+    )
+    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(base, ADAPTERS["lora"]())
+    assert any("bitsandbytes" in type(module).__module__ for module in model.modules())
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer, witness = make_trainer(model, tmp_path / "out", **BEST)
+    trainer.train()
+    for step in (2, 4, 6):
+        witness.assert_at_x(step, adapter_file(tmp_path / "out" / f"checkpoint-{step}"))
+    witness.assert_at_x(trainer.state.best_global_step, model)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
