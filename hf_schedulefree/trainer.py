@@ -90,12 +90,14 @@ class ScheduleFreeMixin(CheckpointMixin):
         """Put x into the model, with the BatchNorm statistics that belong to it."""
         if self._switch.mode == "train":
             self._switch.show_x()
+            self._last_loaded_step = -1  # TRL's mark that vLLM has this step's weights: it has not, they changed
             for callback in self._batch_norm_callbacks:
                 callback.show_x(self)
 
     def _show_y(self) -> None:
         """Put y back into the model, with the BatchNorm statistics of the training."""
         self._switch.show_y()
+        self._last_loaded_step = -1  # as in _show_x
         for callback in self._batch_norm_callbacks:
             callback.show_y(self)
 

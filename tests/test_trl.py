@@ -290,6 +290,56 @@ def test_an_evaluation_between_does_not_change_an_online_run(tmp_path):
     assert all(torch.equal(with_evaluation.y[4][name], y) for name, y in without.y[4].items())
 
 
+class Engine:
+    """Stands for vLLM: it samples from a copy of the weights that is made anew only when the trainer says so."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights = trainer, None
+
+    def sync_weights(self):
+        self.weights = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
+
+    def generate(self, prompts, **kwargs):
+        self.sampled(self.trainer.state.global_step, self.weights)
+        return prompts, [[5, 6, 1] for _ in prompts], [[[-5.5], [-5.5], [-5.5]] for _ in prompts], None
+
+
+def test_an_engine_with_a_copy_of_the_weights_has_the_right_ones(tmp_path, monkeypatch):
+    """TRL copies the weights to vLLM once per step; an evaluation in the same step is at x, the next rollout at y."""
+    witness = Witness()
+    args = arguments(
+        trl.GRPOConfig,
+        tmp_path,
+        num_generations=2,
+        max_completion_length=3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        eval_steps=1,
+        save_strategy="no",
+    )
+    trainer = GRPO(
+        model=tiny_llama(),
+        reward_funcs=lambda completions, **kwargs: [float(i) for i in range(len(completions))],
+        args=args,
+        train_dataset=prompts(),
+        eval_dataset=prompts(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+    )
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(trainer), -1
+    trainer.vllm_importance_sampling_correction = False
+    seen = {"train": {}, "eval": {}}
+    trainer.vllm_generation.sampled = lambda step, weights: seen[
+        "train" if trainer.model.training else "eval"
+    ].setdefault(step, weights)
+    trainer.train()
+    assert {2, 3} <= set(seen["train"]) and {2, 3, 4} <= set(seen["eval"])
+    for step in (2, 3):
+        witness.assert_at_y(step, seen["train"][step])
+    for step in (2, 3, 4):
+        witness.assert_at_x(step, seen["eval"][step])
+
+
 def test_sft_resumes_to_the_same_bits(tmp_path):
     def make(folder):
         witness = Witness()
