@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import logging
 
@@ -39,7 +40,8 @@ class ScheduleFreeMixin(CheckpointMixin):
     constant. With any other optimizer the class behaves as the Trainer that it extends.
 
     Raises:
-        ValueError: at construction, if `optim_args` are malformed or an optimizer option is out of range.
+        ValueError: at construction, if `optim_args` are malformed, an optimizer option is out of range, or FSDP or
+            DeepSpeed is set up in a way that could not give the averaged weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -50,6 +52,8 @@ class ScheduleFreeMixin(CheckpointMixin):
         spec = registry.spec_for(self.args)
         if spec is not None:
             spec.kwargs(self.args)
+        if spec is not None or self._switch is not None:
+            weights.refuse_unsupported(self.accelerator, self.args, self.optimizer)
         self._give_callbacks_their_weights()
 
     # Which weights are shown
@@ -58,6 +62,11 @@ class ScheduleFreeMixin(CheckpointMixin):
     def _switch(self) -> weights.WeightSwitch | None:
         """The switch between x and y; None while there is no optimizer, or a plain one."""
         return weights.switch_for(self.model_wrapped, self.optimizer)
+
+    @property
+    def _engine(self) -> weights.Engine:
+        """What spreads the model over the processes."""
+        return weights.engine_for(self.model_wrapped, self.optimizer)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -74,11 +83,8 @@ class ScheduleFreeMixin(CheckpointMixin):
             if self._switch.mode == "eval":
                 yield
                 return
-            try:
-                self._show_x()
+            with weights.there_and_back(self._show_x, self._show_y, self._switch.shows_y_alone):
                 yield
-            finally:
-                self._show_y()
 
     @contextlib.contextmanager
     def training_weights(self) -> Iterator[None]:
@@ -134,7 +140,7 @@ class ScheduleFreeMixin(CheckpointMixin):
                 self._show_x()
             return output
         except BaseException:
-            if self._switch is not None:
+            if self._switch is not None and self._switch.shows_x_alone:
                 self._switch.show_x()  # no recalibration: whoever pressed Ctrl-C does not want to wait for it
             raise
         finally:
@@ -151,6 +157,12 @@ class ScheduleFreeMixin(CheckpointMixin):
                 )
             self._show_y()
         return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        # Under DeepSpeed, the Trainer's own call of optimizer.train() reaches nothing.
+        if self._switch is not None and self._switch.mode == "eval":
+            self._show_y()
+        return super().training_step(*args, **kwargs)
 
     def _restart(self) -> None:
         self._switch.restart()
@@ -172,7 +184,10 @@ class ScheduleFreeMixin(CheckpointMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The way back to y may need more than the optimizer's state_dict; mostly there is nothing to write.
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self._switch is None or not self._engine.save_optimizer(Path(output_dir)):
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
         if self._switch is not None and self.args.should_save:
             extra = self._switch.extra_state()
             for callback in self._batch_norm_callbacks:
@@ -187,9 +202,13 @@ class ScheduleFreeMixin(CheckpointMixin):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # x, y and z must belong together: an optimizer of another step would move the model away.
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self._switch is None:
-            return
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if self._engine.load_optimizer(Path(checkpoint)):
+            schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         extra_file = os.path.join(checkpoint, EXTRA_STATE_NAME)
         if os.path.isfile(extra_file) and not self._fresh_optimizer:
             extra = torch.load(extra_file, map_location="cpu", weights_only=True)
@@ -215,10 +234,14 @@ class ScheduleFreeMixin(CheckpointMixin):
             return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        # What is saved is what was evaluated; an upload that still reads the folder would be torn.
+        # What is saved is what was evaluated, and in every engine a model that loads. An upload that still reads the
+        # folder would be torn.
         if output_dir is None:
             self._finish_current_push()
         with self.averaged_weights():
+            gathered = self._engine.model_to_save(self.accelerator)
+            if gathered is not None:
+                self._save(output_dir, state_dict=gathered)
             return super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:

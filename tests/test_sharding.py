@@ -111,6 +111,24 @@ def test_a_group_saved_whole_can_go_on_in_parts():
     assert all(torch.equal(p, q) for p, q in zip(whole, parted, strict=True))
 
 
+def test_groups_shown_one_at_a_time_keep_their_counters():
+    """As DeepSpeed ZeRO-1 and -2 step them."""
+    whole, shown = parameters(), parameters()
+    optimizer, other = optimizer_of(whole), optimizer_of(shown)
+    optimizer.train()
+    other.train()
+    for step in range(5):
+        give_gradients(step, whole, shown)
+        optimizer.step()
+        groups = other.param_groups
+        for group in groups:
+            other.param_groups = [group]
+            other.step()
+        other.param_groups = groups
+    assert all(torch.equal(p, q) for p, q in zip(whole, shown, strict=True))
+    assert [group["k"] for group in other.param_groups] == [5, 5]
+
+
 def test_an_empty_group_counts_no_step():
     params = parameters()
     optimizer = optimizer_of(params)

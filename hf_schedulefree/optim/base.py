@@ -361,30 +361,31 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     # counters of each part are kept with its parameters, and the group shows those of the part stepped last.
 
     def _forget_parts(self) -> None:
-        self._stepped: dict[int, list[Tensor]] = {}  # index of a group -> the parameters that it stepped last
-        self._before: dict[int, dict[str, float]] = {}  # index of a group -> its counters before its first step here
-        self._in_parts: set[int] = set()  # the groups that are stepped in parts
+        self._stepped: dict[int, list[Tensor]] = {}  # id of a group -> the parameters that it stepped last
+        self._before: dict[int, dict[str, float]] = {}  # id of a group -> its counters before its first step here
+        self._in_parts: set[int] = set()  # the ids of the groups that are stepped in parts
 
-    def _recall_counters(self, index: int, group: dict[str, Any]) -> None:
+    def _recall_counters(self, group: dict[str, Any]) -> None:
         """Before a step: give the group the counters of the parameters that it holds now."""
+        key = id(group)  # not its place: DeepSpeed ZeRO-1 and -2 show one group at a time
         own = next((state.get("counters") for _, state in self._started(group)), None)
-        stepped = self._stepped.get(index)
+        stepped = self._stepped.get(key)
         if stepped is None:
-            self._before[index] = {name: group[name] for name in _FRESH_COUNTERS}
-        elif index not in self._in_parts and stepped[0] is not group["params"][0]:
+            self._before[key] = {name: group[name] for name in _FRESH_COUNTERS}
+        elif key not in self._in_parts and stepped[0] is not group["params"][0]:
             if set(map(id, stepped)).isdisjoint(map(id, group["params"])):
-                self._in_parts.add(index)
+                self._in_parts.add(key)
                 self._store_counters(group, stepped)
         if own is not None:
-            self._in_parts.add(index)
+            self._in_parts.add(key)
             group.update(own)
-        elif index in self._in_parts:
-            group.update(self._before[index])
+        elif key in self._in_parts:
+            group.update(self._before[key])
 
-    def _keep_counters(self, index: int, group: dict[str, Any]) -> None:
+    def _keep_counters(self, group: dict[str, Any]) -> None:
         """After a step: keep the group's counters with its parameters, if the group is stepped in parts."""
-        self._stepped[index] = list(group["params"])
-        if index in self._in_parts:
+        self._stepped[id(group)] = list(group["params"])
+        if id(group) in self._in_parts:
             self._store_counters(group, group["params"])
 
     def _store_counters(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:

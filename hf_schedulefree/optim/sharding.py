@@ -8,7 +8,7 @@ from torch import Tensor
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
-    return tensor.detach().to_local() if _is_sharded(tensor) else tensor
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
 def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
@@ -16,7 +16,7 @@ def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
 
     All of these processes must call it. Without sharded parameters nothing is exchanged.
     """
-    meshes = list(dict.fromkeys(p.device_mesh for p in params if _is_sharded(p)))
+    meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
     for mesh in meshes:
         votes = torch.tensor(float(flag), device=mesh.device_type)
         for dimension in range(mesh.ndim):
@@ -28,7 +28,7 @@ def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
 def global_index(parameter: Tensor, start: int, stop: int) -> Tensor:
     """The positions, in the whole parameter in row-major order, of elements start..stop of this process's shard."""
     index = torch.arange(start, stop, device=local(parameter).device)
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         return index
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -42,7 +42,8 @@ def global_index(parameter: Tensor, start: int, stop: int) -> Tensor:
     return position
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a `DTensor`."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor  # only where there may be one: the import takes a second

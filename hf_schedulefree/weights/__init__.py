@@ -1,37 +1,48 @@
 """Which weights the model shows: x for readers, y for gradients, and the exact way between the two.
 
-Each kind of `WeightSwitch` knows one kind of optimizer or engine; `switch_for` finds the one that fits. Everything that
-needs x goes through `averaged_weights`.
+    switch.py    `WeightSwitch`, for the optimizers of this package
+    foreign.py   the same for those of other packages
+    engines.py   DDP, FSDP2 and DeepSpeed: all differences between the ways to spread a model over processes
+    checks.py    what cannot be right is refused before training starts
+
+`switch_for` finds what fits. Everything that needs x goes through `averaged_weights`.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
+from hf_schedulefree.weights.checks import refuse_unsupported
+from hf_schedulefree.weights.engines import Engine, EngineSwitch, engine_for, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
 from hf_schedulefree.weights.switch import WeightSwitch
 
-__all__ = ["WeightSwitch", "averaged_weights", "switch_for", "training_weights", "unwrap_optimizer"]
-
-
-def unwrap_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """The optimizer inside accelerate's wrapper."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
+__all__ = [
+    "Engine",
+    "WeightSwitch",
+    "averaged_weights",
+    "engine_for",
+    "refuse_unsupported",
+    "shown",
+    "switch_for",
+    "there_and_back",
+    "training_weights",
+    "unwrap_optimizer",
+]
 
 
 def switch_for(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> WeightSwitch | None:
     """The switch for a schedule-free optimizer, however wrapped; None for any other optimizer (or none)."""
-    optimizer = unwrap_optimizer(optimizer)
-    if isinstance(optimizer, ScheduleFreeOptimizer):
-        return WeightSwitch(optimizer)
-    return foreign_switch(optimizer)
+    engine = engine_for(model, optimizer)
+    if isinstance(engine.inner_optimizer, ScheduleFreeOptimizer):
+        switch = WeightSwitch(engine.inner_optimizer)
+    else:
+        switch = foreign_switch(engine.inner_optimizer)
+    return switch if switch is None or type(engine) is Engine else EngineSwitch(switch, engine)
 
 
 @contextlib.contextmanager
@@ -45,25 +56,34 @@ def averaged_weights(model: nn.Module | None, optimizer: torch.optim.Optimizer |
         model: the model, as wrapped for training (DDP, ...).
         optimizer: its optimizer, as wrapped for training.
     """
-    with _shown(switch_for(model, optimizer), "eval"):
+    with shown(switch_for(model, optimizer), "eval"):
         yield
 
 
 @contextlib.contextmanager
 def training_weights(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """The opposite of `averaged_weights`: show y, at which gradients are taken, for the length of a `with` block."""
-    with _shown(switch_for(model, optimizer), "train"):
+    with shown(switch_for(model, optimizer), "train"):
         yield
+
+
+def shown(switch: WeightSwitch | None, mode: Literal["train", "eval"]) -> contextlib.AbstractContextManager[None]:
+    """Show x ("eval") or y ("train") for the length of a `with` block."""
+    if switch is None or switch.mode == mode:
+        return contextlib.nullcontext()
+    if mode == "eval":
+        return there_and_back(switch.show_x, switch.show_y, switch.shows_y_alone)
+    return there_and_back(switch.show_y, switch.show_x, switch.shows_x_alone)
 
 
 @contextlib.contextmanager
-def _shown(switch: WeightSwitch | None, mode: Literal["train", "eval"]) -> Iterator[None]:
-    if switch is None or switch.mode == mode:
-        yield
-        return
-    there, back = (switch.show_x, switch.show_y) if mode == "eval" else (switch.show_y, switch.show_x)
+def there_and_back(there: Callable[[], None], back: Callable[[], None], back_alone: bool) -> Iterator[None]:
+    """`there` on entry, `back` on exit; after an exception only if one process can go back alone."""
     try:
         there()
         yield
-    finally:
-        back()
+    except BaseException:
+        if back_alone:
+            back()
+        raise
+    back()

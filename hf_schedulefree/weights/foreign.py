@@ -68,6 +68,10 @@ class ForeignSwitch(WeightSwitch):
         return "train" if any(_train_modes(self.optimizer)) else "eval"
 
     @property
+    def settled(self) -> bool:
+        return True
+
+    @property
     def schedulable(self) -> torch.optim.Optimizer:
         # A wrapper that is no torch optimizer itself shares its groups with the one inside.
         return self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.base

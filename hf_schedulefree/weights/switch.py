@@ -1,4 +1,4 @@
-"""`WeightSwitch`: the way between x and y for one kind of optimizer, or of engine that keeps weights of its own."""
+"""`WeightSwitch`: the way between x and y for one kind of optimizer."""
 
 from typing import Any, Literal
 
@@ -9,6 +9,11 @@ from hf_schedulefree.optim import ScheduleFreeOptimizer
 
 class WeightSwitch:
     """Switches between x and y for the optimizers of `hf_schedulefree.optim`, which do so exactly by themselves."""
+
+    # Whether one process can switch to these weights alone. Where it cannot, a switch is not tried after an exception:
+    # the other processes may never join, and the run would hang instead of ending with the exception.
+    shows_x_alone = True
+    shows_y_alone = True
 
     def __init__(self, optimizer: ScheduleFreeOptimizer):
         self.optimizer = optimizer
@@ -22,6 +27,11 @@ class WeightSwitch:
     def mode(self) -> Literal["train", "eval"]:
         """ "train" while the model shows y, "eval" while it shows x."""
         return self.optimizer.mode
+
+    @property
+    def settled(self) -> bool:
+        """False in the middle of a switch that was interrupted; switching again, either way, completes it."""
+        return all(group["train_mode"] is not None for group in self.param_groups)
 
     @property
     def schedulable(self) -> torch.optim.Optimizer:

@@ -1,0 +1,111 @@
+"""The engines under test: one row each. What an engine needs besides the Trainer's arguments is here."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import DistributedType, PartialState
+from torch import distributed
+from transformers import LlamaForCausalLM, TrainingArguments
+
+
+@dataclass
+class EngineRow:
+    """`DistributedDataParallel`, and what the others have in common with it."""
+
+    processes: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+    # Tolerances against the single-process run: x and y, largest difference.
+    tolerance: float = 2e-5
+    resumes_elsewhere: bool = True
+    resumes_on: int = 4
+
+    def arguments(self, **options):
+        return TrainingArguments(**options, **self.options)
+
+    def model(self, config, folder):
+        return LlamaForCausalLM(config)
+
+    def whole_model(self, trainer):
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+@dataclass
+class Fsdp2Row(EngineRow):
+    """FSDP2 through accelerate."""
+
+    def arguments(self, **options):
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        args = TrainingArguments(**options, **self.options)
+        # accelerate knows FSDP on accelerator devices only: let it take these CPU processes for such.
+        state = PartialState._shared_state
+        if state["distributed_type"] == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_GPU
+        return args
+
+
+@dataclass
+class NativeFsdp2Row(EngineRow):
+    """FSDP2 by transformers, while it loads the model."""
+
+    def model(self, config, folder):
+        from transformers.distributed import DistributedConfig
+
+        if int(os.environ["RANK"]) == 0 and not folder.exists():
+            LlamaForCausalLM(config).save_pretrained(folder)
+        distributed.barrier()
+        return LlamaForCausalLM.from_pretrained(
+            folder, distributed_config=DistributedConfig(fsdp_size=int(os.environ["WORLD_SIZE"]))
+        )
+
+    def whole_model(self, trainer):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(trainer.model, options=options)
+
+
+@dataclass
+class ZeroRow(EngineRow):
+    """DeepSpeed."""
+
+    stage: int = 1
+    bf16: bool = False
+    sub_group_size: int = 4000
+    resumes_elsewhere: bool = False
+
+    def arguments(self, **options):
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": self.bf16},
+            "zero_optimization": {"stage": self.stage},
+        }
+        if self.stage == 3:
+            config["zero_optimization"] |= {
+                "sub_group_size": self.sub_group_size,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                "stage3_param_persistence_threshold": 100,
+            }
+        return TrainingArguments(**options, deepspeed=config, bf16=self.bf16, **self.options)
+
+
+def fsdp2(state_dict_type):
+    return Fsdp2Row(options={"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}})
+
+
+ENGINES = {
+    "single": EngineRow(processes=1),
+    "ddp": EngineRow(),
+    "fsdp2-full": fsdp2("FULL_STATE_DICT"),
+    "fsdp2-sharded": fsdp2("SHARDED_STATE_DICT"),
+    "fsdp2-native": NativeFsdp2Row(),
+    "zero1": ZeroRow(stage=1),
+    "zero2": ZeroRow(stage=2),
+    "zero3": ZeroRow(stage=3),
+    "zero1-bf16": ZeroRow(stage=1, bf16=True, tolerance=5e-2),
+    "zero2-bf16": ZeroRow(stage=2, bf16=True, tolerance=5e-2),
+    "zero3-bf16": ZeroRow(stage=3, bf16=True, tolerance=5e-2),
+}

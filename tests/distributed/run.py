@@ -1,0 +1,278 @@
+"""The worker of the engine tests: one process of several, launched by torchrun. It does every check of one engine in
+one launch and leaves numbers; `test_engines.py` judges them.
+
+    torchrun --nproc_per_node 2 tests/distributed/run.py ENGINE FOLDER [PART ...]
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from engines import ENGINES, EngineRow
+from torch import distributed
+from transformers import LlamaConfig, TrainerCallback, set_seed
+
+from hf_schedulefree import ScheduleFreeTrainer
+from hf_schedulefree.optim import ScheduleFreeOptimizer
+from hf_schedulefree.weights import unwrap_optimizer
+
+STEPS = 8
+GLOBAL_BATCH = 8
+
+
+class Sentences(torch.utils.data.Dataset):
+    """A fixed, learnable toy language: each token follows from the one before it, but for a little noise."""
+
+    def __init__(self, seed, size):
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randint(0, 64, (size, 1), generator=generator)
+        noise = torch.randint(0, 3, (size, 16), generator=generator)
+        self.rows = (first + torch.cumsum(noise, 1) * 7) % 64
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def config():
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        attention_dropout=0.1,  # draws from the generators: a reader that disturbs them would be seen
+    )
+
+
+class Lab:
+    """One engine in this launch: makes trainers, reads what they hold, keeps the results."""
+
+    def __init__(self, engine: EngineRow, folder: Path):
+        self.engine = engine
+        self.folder = folder
+        self.results = {}
+
+    def trainer(self, name, *, dropout=False, callbacks=(), **options):
+        set_seed(0)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        accumulation = options.pop("gradient_accumulation_steps", 2)
+        args = self.engine.arguments(
+            output_dir=str(self.folder / name),
+            optim="adamw_schedulefree",
+            learning_rate=0.03,
+            warmup_steps=3,
+            weight_decay=0.1,
+            max_grad_norm=0.5,
+            max_steps=STEPS,
+            per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
+            per_device_eval_batch_size=8 // processes,
+            gradient_accumulation_steps=accumulation,
+            logging_strategy="no",
+            save_strategy=options.pop("save_strategy", "no"),
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=1,
+            **options,
+        )
+        set_seed(0)
+        model = self.engine.model(config(), self.folder / "start")
+        if not dropout:
+            model.config.attention_dropout = 0.0
+            for module in model.modules():
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0
+        return ScheduleFreeTrainer(
+            model=model,
+            args=args,
+            train_dataset=Sentences(0, 64),
+            eval_dataset=Sentences(1, 16),
+            callbacks=list(callbacks),
+        )
+
+    @property
+    def is_main(self):
+        return int(os.environ.get("RANK", "0")) == 0
+
+    def keep(self, name, value):
+        self.results[name] = value
+
+    def keep_weights(self, name, trainer):
+        """The whole model as it stands, as anybody would read it."""
+        weights = self.engine.whole_model(trainer)
+        if self.is_main:
+            weights = {key: value.detach().float().clone() for key, value in weights.items()}
+            torch.save(weights, self.folder / f"{name}.pt")
+
+    def finish(self):
+        (self.folder / f"results_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(self.results))
+
+
+def inner(trainer):
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    return optimizer if isinstance(optimizer, ScheduleFreeOptimizer) else optimizer.optimizer
+
+
+def fingerprint(trainer):
+    """Of every bit that this process holds of the run: weights, optimizer state and counters; at y."""
+    with trainer.training_weights():
+        digest = hashlib.sha256()
+        optimizer = inner(trainer)
+        for p in trainer.model.parameters():
+            tensor = p.ds_tensor if hasattr(p, "ds_tensor") else p
+            digest.update(bits(tensor))
+        for state in optimizer.state.values():
+            for name in sorted(state):
+                if torch.is_tensor(state[name]):
+                    digest.update(name.encode() + bits(state[name]))
+        for group in optimizer.param_groups:
+            digest.update(repr([group[name] for name in ("k", "weight_sum", "lr_max")]).encode())
+    return digest.hexdigest()
+
+
+def bits(tensor):
+    tensor = tensor.detach()
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def counts(trainer):
+    return [group["k"] for group in inner(trainer).param_groups]
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def trajectory(lab):
+    """Without dropout, as the generators of two processes differ from those of one."""
+    trainer = lab.trainer("trajectory", save_strategy="steps", save_steps=4)
+    trainer.train()
+    lab.keep_weights("trajectory_x", trainer)
+    with trainer.training_weights():
+        lab.keep_weights("trajectory_y", trainer)
+    lab.keep("counts", counts(trainer))
+    lab.keep("processes", trainer.args.world_size)
+    lab.keep("distributed_type", str(trainer.accelerator.distributed_type))
+
+
+class ReadsAlways(TrainerCallback):
+    """Somebody who looks at the model in the middle of training."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 3 == 0:
+            with self.trainer.averaged_weights():
+                pass
+
+
+def readers(lab):
+    """Evaluation, prediction, saves and best model: what they show, and that the training does not notice them."""
+    quiet = lab.trainer("quiet", dropout=True)
+    quiet.train()
+    lab.keep("quiet", fingerprint(quiet))
+
+    reader = ReadsAlways()
+    busy = lab.trainer(
+        "busy",
+        dropout=True,
+        callbacks=[reader],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    reader.trainer = busy
+    busy.train()
+    lab.keep("busy", fingerprint(busy))
+    lab.keep_weights("busy_x", busy)
+    with busy.training_weights():
+        lab.keep_weights("busy_y", busy)
+    lab.keep("eval_losses", [entry["eval_loss"] for entry in busy.state.log_history if "eval_loss" in entry])
+    lab.keep("evaluate", busy.evaluate()["eval_loss"])
+    predicted = busy.predict(Sentences(1, 16))
+    lab.keep("predict", predicted.metrics["test_loss"])
+    busy.save_model(str(lab.folder / "saved"))
+    lab.keep("after_readers", fingerprint(busy))
+    with busy.training_weights():
+        busy.save_model(str(lab.folder / "saved_at_y"))
+    lab.keep("after_saving", fingerprint(busy))
+
+
+def resume(lab):
+    """From the checkpoint of `readers` in the middle of the run."""
+    run = "busy"
+    trainer = lab.trainer("resumed", dropout=True)
+    trainer.train(resume_from_checkpoint=str(lab.folder / run / "checkpoint-4"))
+    lab.keep("resumed", fingerprint(trainer))
+    lab.keep("resumed_step", trainer.state.global_step)
+    lab.keep_weights("resumed_x", trainer)
+
+
+def elsewhere(lab):
+    """Resume the checkpoint of `trajectory`, which another number of processes wrote."""
+    trainer = lab.trainer("elsewhere")
+    trainer.train(resume_from_checkpoint=str(lab.folder / "trajectory" / "checkpoint-4"))
+    lab.keep_weights("elsewhere_x", trainer)
+
+
+def best(lab):
+    """The best model is that of an early step; it is loaded at the end, as x."""
+
+    class FirstIsBest(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_score"] = 1.0 if state.global_step == 2 else 0.0
+
+    trainer = lab.trainer(
+        "best",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        callbacks=[FirstIsBest()],
+    )
+    trainer.train()
+    lab.keep("best_checkpoint", Path(trainer.state.best_model_checkpoint).name)
+    lab.keep_weights("best_x", trainer)
+    lab.keep("best_evaluate", trainer.evaluate()["eval_loss"])
+    trainer.save_model(str(lab.folder / "best_saved"))
+
+
+PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere)}
+
+
+def main():
+    name, folder, *parts = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lab = Lab(ENGINES[name], Path(folder))
+    results = Path(folder) / f"results_{os.environ.get('RANK', '0')}.json"
+    if results.exists():
+        lab.results = json.loads(results.read_text())
+    for part in parts or ["trajectory", "readers", "resume", "best"]:
+        PARTS[part](lab)
+        lab.finish()
+    (lab.folder / f"done_{os.environ.get('RANK', '0')}").touch()
+    with contextlib.suppress(Exception):
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DeepSpeed's threads sometimes abort an ordinary exit

@@ -1,0 +1,207 @@
+"""The matrix: engine x {trajectory, evaluate, save, best, resume, no perturbation}, every cell with numbers.
+
+Each engine is launched once and does everything (`run.py`); the tests below judge what it left. A launch is judged by
+its results, not by its exit: DeepSpeed on CPU sometimes aborts after it has finished.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from engines import ENGINES  # noqa: E402
+from run import STEPS, Sentences  # noqa: E402
+
+ROOT = HERE.parent.parent
+TIMEOUT = 300
+PARTS = ("trajectory", "readers", "resume", "best")
+MATRIX = [name for name in ENGINES if name != "single"]
+
+pytestmark = pytest.mark.distributed
+
+
+def launch(engine, folder, parts, processes):
+    """Start the worker once per process, as torchrun does, and wait for the results of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = [folder / f"done_{rank}" for rank in range(processes)]
+    for mark in done:
+        mark.unlink(missing_ok=True)
+    workers = []
+    for rank in range(processes):
+        with open(folder / f"log_{rank}.txt", "w") as log:
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, str(HERE / "run.py"), engine, str(folder), *parts],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+            if any(worker.poll() not in (None, 0) for worker in workers) and not all(mark.exists() for mark in done):
+                time.sleep(2)  # let the others say what they have to say
+                break
+            time.sleep(0.1)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if not all(mark.exists() for mark in done):
+        tails = "\n".join((folder / f"log_{rank}.txt").read_text()[-3000:] for rank in range(processes))
+        pytest.fail(f"{engine} on {processes} processes did not finish:\n{tails}")
+    return [json.loads((folder / f"results_{rank}.json").read_text()) for rank in range(processes)]
+
+
+class Run:
+    """What one engine left: `ranks` has the numbers of each process, `weights` what a file holds."""
+
+    def __init__(self, engine, folder):
+        if "zero" in engine and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed; scripts/test.sh installs it")
+        self.row = ENGINES[engine]
+        self.folder = folder / engine
+        self.ranks = launch(engine, self.folder, PARTS if engine != "single" else ("trajectory",), self.row.processes)
+
+    def kept(self, name):
+        return torch.load(self.folder / f"{name}.pt", weights_only=True)
+
+    def saved(self, name):
+        return load_file(self.folder / name / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs so far; an engine that failed is not launched again for its other cells."""
+    folder, made = tmp_path_factory.mktemp("engines"), {}
+
+    def run(engine):
+        if engine not in made:
+            made[engine] = None
+            made[engine] = Run(engine, folder)
+        if made[engine] is None:
+            pytest.fail(f"{engine} did not finish, see the first failure")
+        return made[engine]
+
+    return run
+
+
+def largest_difference(some, others):
+    names = some.keys() & others.keys()
+    assert len(names) >= 10
+    return max((some[name].float() - others[name].float()).abs().max().item() for name in names)
+
+
+def same_bits(some, others):
+    """Equal where both name a tensor; a file leaves out what is tied."""
+    names = some.keys() & others.keys()
+    assert len(names) >= 10
+    return all(torch.equal(some[name].float(), others[name].float()) for name in names)
+
+
+def loss_of(weights):
+    """On the evaluation set, computed here, without Trainer or engine."""
+    model = LlamaForCausalLM.from_pretrained(weights) if isinstance(weights, Path) else weights
+    rows = torch.stack([row["input_ids"] for row in Sentences(1, 16)])
+    with torch.no_grad():
+        return model.eval().float()(input_ids=rows, labels=rows).loss.item()
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_trajectory(engine, runs):
+    single, run = runs("single"), runs(engine)
+    assert run.ranks[0]["processes"] == run.row.processes == len(run.ranks)
+    for result in run.ranks:
+        assert result["counts"] == [STEPS] * len(result["counts"])
+    x, y = run.kept("trajectory_x"), run.kept("trajectory_y")
+    assert largest_difference(x, single.kept("trajectory_x")) < run.row.tolerance
+    assert largest_difference(y, single.kept("trajectory_y")) < run.row.tolerance
+    assert largest_difference(x, y) > 0.01  # the two can be told apart
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_evaluate(engine, runs):
+    run = runs(engine)
+    at_x = loss_of(run.folder / "saved")
+    model = LlamaForCausalLM.from_pretrained(run.folder / "saved")
+    model.load_state_dict(run.kept("busy_y"), strict=False)
+    model.tie_weights()
+    at_y = loss_of(model)
+    near = 1e-5 if run.row.tolerance < 1e-3 else 5e-3
+    assert abs(at_x - at_y) > 4 * near
+    for result in run.ranks:
+        assert result["evaluate"] == pytest.approx(at_x, abs=near)
+        assert result["predict"] == pytest.approx(at_x, abs=near)
+        assert result["eval_losses"][-1] == pytest.approx(at_x, abs=near)
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_save(engine, runs):
+    run = runs(engine)
+    x = run.kept("busy_x")
+    assert not same_bits(x, run.kept("busy_y"))
+    for name in ("saved", "saved_at_y", f"busy/checkpoint-{STEPS}"):
+        assert same_bits(run.saved(name), x), name
+    LlamaForCausalLM.from_pretrained(run.folder / "saved")
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_best(engine, runs):
+    run = runs(engine)
+    best = run.kept("best_x")
+    assert run.ranks[0]["best_checkpoint"] == "checkpoint-2"
+    assert same_bits(run.saved("best/checkpoint-2"), best)
+    assert same_bits(run.saved("best_saved"), best)
+    assert not same_bits(run.saved(f"best/checkpoint-{STEPS}"), best)
+    near = 1e-5 if run.row.tolerance < 1e-3 else 5e-3
+    assert run.ranks[0]["best_evaluate"] == pytest.approx(loss_of(run.folder / "best_saved"), abs=near)
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_resume(engine, runs):
+    run = runs(engine)
+    for result in run.ranks:
+        assert result["resumed_step"] == STEPS
+        assert result["resumed"] == result["busy"]
+    assert same_bits(run.kept("resumed_x"), run.kept("busy_x"))
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_no_perturbation(engine, runs):
+    for result in runs(engine).ranks:
+        assert result["quiet"] == result["busy"] == result["after_readers"] == result["after_saving"]
+
+
+@pytest.mark.parametrize("engine", [name for name in MATRIX if ENGINES[name].resumes_elsewhere])
+def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
+    run = runs(engine)
+    launch(engine, run.folder, ["elsewhere"], run.row.resumes_on)
+    left, arrived = run.kept("trajectory_x"), run.kept("elsewhere_x")
+    assert largest_difference(left, arrived) < run.row.tolerance
