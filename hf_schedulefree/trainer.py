@@ -48,7 +48,11 @@ class ScheduleFreeMixin(CheckpointMixin):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
         self._warmup_steps: int | None = None  # what this Trainer last gave the optimizer
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
-        super().__init__(*args, **kwargs)
+        given = dict(zip(("model", "args"), args, strict=False)) | kwargs
+        arguments = given.get("args")
+        schedule_free = arguments is not None and registry.spec_for(arguments) is not None
+        with weights.optimizer_saves_allowed(given.get("model"), arguments if schedule_free else None):
+            super().__init__(*args, **kwargs)
         spec = registry.spec_for(self.args)
         if spec is not None:
             spec.kwargs(self.args)
@@ -178,7 +182,8 @@ class ScheduleFreeMixin(CheckpointMixin):
         if adapters.has_adapter_folders(self.model, checkpoint):
             self._load_from_checkpoint(checkpoint)  # the Trainer would not find them and go on with other weights
         else:
-            super()._load_best_model()
+            with self._engine.loading_model():
+                super()._load_best_model()
         self._restart()
         logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
 
@@ -197,7 +202,7 @@ class ScheduleFreeMixin(CheckpointMixin):
 
     def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
-        with adapters.active_adapters_kept(self.model):
+        with adapters.active_adapters_kept(self.model), self._engine.loading_model():
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 from hf_schedulefree.weights.checks import refuse_unsupported
-from hf_schedulefree.weights.engines import Engine, EngineSwitch, engine_for, unwrap_optimizer
+from hf_schedulefree.weights.engines import Engine, EngineSwitch, engine_for, optimizer_saves_allowed, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
 from hf_schedulefree.weights.switch import WeightSwitch
 
@@ -26,6 +26,7 @@ __all__ = [
     "WeightSwitch",
     "averaged_weights",
     "engine_for",
+    "optimizer_saves_allowed",
     "refuse_unsupported",
     "shown",
     "switch_for",

@@ -72,9 +72,10 @@ class Engine:
             return None
         return accelerator.get_state_dict(self.model)
 
-    def load_model(self, weights: dict[str, torch.Tensor]) -> bool:
-        """Load whole tensors into the model, where the Trainer cannot; returns whether that was done."""
-        return False
+    @contextlib.contextmanager
+    def loading_model(self) -> Iterator[None]:
+        """Within: the Trainer can load whole tensors into the model."""
+        yield
 
     def save_optimizer(self, folder: Path) -> bool:
         """Save the optimizer's state, where the Trainer would lose a part of it; returns whether that was done."""
@@ -113,10 +114,18 @@ class NativeFullyShardedEngine(FullyShardedEngine):
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:
         return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
-    def load_model(self, weights: dict[str, torch.Tensor]) -> bool:
-        options = sharded_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        sharded_state.set_model_state_dict(self.model, weights, options=options)
-        return True
+    @contextlib.contextmanager
+    def loading_model(self) -> Iterator[None]:
+        def load_into_shards(weights: dict[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
+            del self.model.load_state_dict  # what follows calls the model's own
+            options = sharded_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+            return sharded_state.set_model_state_dict(self.model, weights, options=options)
+
+        self.model.load_state_dict = load_into_shards
+        try:
+            yield
+        finally:
+            vars(self.model).pop("load_state_dict", None)
 
     def save_optimizer(self, folder: Path) -> bool:
         state = sharded_state.get_optimizer_state_dict(self.model, self.optimizer)
@@ -177,6 +186,22 @@ class Zero3Engine(ZeroEngine):
         if zero.persistent_parameters:  # small parameters are always gathered
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
+
+
+@contextlib.contextmanager
+def optimizer_saves_allowed(model: nn.Module | None, args: Any) -> Iterator[None]:
+    """Around the construction of a Trainer: let it save checkpoints of a model that transformers sharded itself.
+
+    It refuses them, because it could not save the optimizer; `NativeFullyShardedEngine` can.
+    """
+    if args is None or not NativeFullyShardedEngine.runs(model, None):
+        yield
+        return
+    save_only_model, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = save_only_model
 
 
 ENGINES: tuple[type[Engine], ...] = (Zero3Engine, ZeroEngine, NativeFullyShardedEngine, FullyShardedEngine, Engine)

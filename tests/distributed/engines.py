@@ -75,6 +75,10 @@ class ZeroRow(EngineRow):
     resumes_elsewhere: bool = False
 
     def arguments(self, **options):
+        import deepspeed
+
+        # On CPU it would compile a faster all-reduce at the start, which takes a C++ compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
