@@ -351,9 +351,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             if group["params"]:
-                self._recall_counters(index, group)
+                self._recall_counters(group)
                 self._step_group(index, group)
-                self._keep_counters(index, group)
+                self._keep_counters(group)
         return loss
 
     # DeepSpeed ZeRO-3 calls step() once per sub-group: `params` then holds one part of a group, is empty in the other
