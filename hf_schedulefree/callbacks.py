@@ -105,9 +105,14 @@ class BatchNormRecalibrationCallback(TrainerCallback):
             set_batch_norm_statistics(trainer.model, self._of_y)
             self._of_y = None
 
-    def forget(self) -> None:
-        """Called by the Trainer when other weights, with statistics of their own, are in the model."""
-        self._of_y = self._of_x = self._step = None
+    def start(self) -> None:
+        """Called by the Trainer before the first step of a run: its steps are counted from the beginning again."""
+        self._of_x = self._step = None
+
+    def keep_loaded(self, trainer: "ScheduleFreeMixin") -> None:
+        """Called by the Trainer when other weights, with statistics of their own, were loaded into the model."""
+        self._of_y = None
+        self._of_x, self._step = batch_norm_statistics(trainer.model), trainer.state.global_step
 
     def extra_state(self) -> dict[str, list[Tensor]]:
         """What a checkpoint written at x needs besides, so that training resumes with its own statistics."""

@@ -93,8 +93,14 @@ class ScheduleFreeMixin(CheckpointMixin):
     @contextlib.contextmanager
     def training_weights(self) -> Iterator[None]:
         """Show y, at which gradients are taken, for the length of a `with` block, e.g. to compare it with x."""
-        with weights.training_weights(self.model_wrapped, self.optimizer):
+        if self._switch is None or self._switch.mode == "train":
             yield
+            return
+        try:
+            self._show_y()
+            yield
+        finally:
+            self._show_x()
 
     def _show_x(self) -> None:
         """Put x into the model, with the BatchNorm statistics that belong to it."""
@@ -160,6 +166,8 @@ class ScheduleFreeMixin(CheckpointMixin):
                     "hf_schedulefree.BatchNormRecalibrationCallback() to evaluate and save x with its own."
                 )
             self._show_y()
+            for callback in self._batch_norm_callbacks:
+                callback.start()
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +179,7 @@ class ScheduleFreeMixin(CheckpointMixin):
     def _restart(self) -> None:
         self._switch.restart()
         for callback in self._batch_norm_callbacks:
-            callback.forget()
+            callback.keep_loaded(self)
 
     def _load_best_model(self) -> None:
         # The file holds x and nothing else belongs to it any more: the optimizer starts anew from it.
