@@ -1,7 +1,7 @@
 """Every reader of the model sees x, every gradient y: the table of docs/readers.md, and a mutant for each override.
 
 A reader is checked by weights that it really saw or wrote, against x in float64 from y and z, noted at each step where
-nobody has switched anything. `test_each_override_is_needed` removes each override of the mixin and watches a check fail.
+nobody has switched anything. `test_each_override_is_needed` removes each override and watches a check fail.
 """
 
 import itertools
@@ -198,7 +198,7 @@ def check_push(trainer_class, tmp_path):
 def check_best_model(trainer_class, tmp_path):
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer, watch = watched(
+    trainer, _ = watched(
         trainer_class,
         tmp_path,
         trainer_options={"callbacks": [stopping]},
@@ -222,7 +222,7 @@ def check_best_model(trainer_class, tmp_path):
 
 def check_hyperparameter_search(trainer_class, tmp_path):
     pytest.importorskip("optuna")
-    trainer, watch = watched(
+    trainer, _ = watched(
         trainer_class,
         tmp_path,
         trainer_options={"model_init": lambda: tiny_llama()},
@@ -258,7 +258,7 @@ def check_auto_find_batch_size(trainer_class, tmp_path):
         if next(failures, False):
             raise RuntimeError("CUDA out of memory.")
 
-    actions = {step: runs_out_of_memory_once for step in range(1, 11)}
+    actions = dict.fromkeys(range(1, 11), runs_out_of_memory_once)
     trainer, watch = watched(trainer_class, tmp_path, actions=actions, auto_find_batch_size=True)
     trainer.train()
     assert trainer._train_batch_size < 4
@@ -329,7 +329,7 @@ def check_averaged_weights_in_a_callback(trainer_class, tmp_path):
             if state.global_step > 1:  # after the first step, x = y = z
                 with averaged_weights():
                     seen.append(watch.truth.name(parameters(model)))
-                    torch.rand(3), random.random(), np.random.rand()
+                    torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
                 seen.append(watch.truth.name(parameters(model)))
 
         on_log = on_substep_end = on_optimizer_step = on_step_end = on_step_begin

@@ -1,4 +1,4 @@
-"""The Trainer on the way of an ordinary user: train, evaluate, save, resume; warm-up and rate; and a drop-in otherwise."""
+"""The Trainer on an ordinary user's way: train, evaluate, save; warm-up and rate; and a drop-in otherwise."""
 
 import logging
 

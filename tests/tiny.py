@@ -59,10 +59,10 @@ def make_trainer(
     return trainer_class(args=arguments(output_dir, **options), **{**defaults, **(trainer_options or {})})
 
 
-def train(output_dir: Path | str, resume: Path | str | None = None, **options: Any) -> Trainer:
+def train(output_dir: Path | str, resume: Path | bool | None = None, **options: Any) -> Trainer:
     """Make a Trainer as above and train it."""
     trainer = make_trainer(output_dir, **options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     return trainer
 
 

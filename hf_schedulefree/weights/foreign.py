@@ -117,12 +117,26 @@ class ForeignSwitch(WeightSwitch):
         self._y = None
 
     def extra_state(self) -> dict[str, Any]:
-        return {} if self._y is None else {"y": self._y}
+        if self._y is None:
+            return {}
+        # torch loads an optimizer's floating state in the dtype of its parameter, whatever it was saved in.
+        dtypes = [
+            {key: str(value.dtype).removeprefix("torch.") for key, value in self._state_of(p) if value.dtype != p.dtype}
+            for p in self._parameters()
+        ]
+        return {"y": self._y, "dtypes": dtypes}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.mode == "eval" and "y" in state:
             self._y = [y.to(p) for p, y in zip(self._parameters(), state["y"], strict=True)]
             self._x_marks = _marks(self._parameters())
+            for p, dtypes in zip(self._parameters(), state["dtypes"], strict=True):
+                for key, value in self._state_of(p):
+                    if key in dtypes:
+                        self.optimizer.state[p][key] = value.to(getattr(torch, dtypes[key]))
+
+    def _state_of(self, p: Tensor) -> list[tuple[str, Tensor]]:
+        return [(key, value) for key, value in self.optimizer.state.get(p, {}).items() if isinstance(value, Tensor)]
 
 
 def _marks(tensors: list[Tensor]) -> list[int]:
