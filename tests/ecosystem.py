@@ -1,6 +1,10 @@
 """Tiny models, a tokenizer, and an independent witness of x, for the tests with the packages around the Trainer."""
 
+import importlib.util
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -110,3 +114,12 @@ def cpu_arguments(output_dir: Any, **changes: Any) -> dict[str, Any]:
         "seed": 0,
         **changes,
     }
+
+
+def script(name: str) -> ModuleType:
+    """A program of scripts/, as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

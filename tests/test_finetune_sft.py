@@ -1,24 +1,18 @@
 """scripts/finetune_sft.py: chats in, x out; whole and as an adapter; and each mistake a user can make."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import yaml
-from ecosystem import tiny_llama, tiny_tokenizer
+from ecosystem import script, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune_sft.py"
-spec = importlib.util.spec_from_file_location("finetune_sft", SCRIPT)
-finetune_sft = sys.modules["finetune_sft"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(finetune_sft)
+finetune_sft = script("finetune_sft")
 
 
 @pytest.fixture(autouse=True, scope="module")
