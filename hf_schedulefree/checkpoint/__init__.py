@@ -5,6 +5,7 @@ place as a whole. See docs/checkpoints.md.
 """
 
 from hf_schedulefree.checkpoint.commit import commit_checkpoint, remove_old_checkpoints, staged_folder
+from hf_schedulefree.checkpoint.export import Contents, export_averaged, inspect_weights
 from hf_schedulefree.checkpoint.files import describe_weight_files, read_header
 from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, Record, read_record
 from hf_schedulefree.checkpoint.verify import find_committed, latest_committed, verify_checkpoint
@@ -13,10 +14,13 @@ __all__ = [
     "RECORD_NAME",
     "CheckpointError",
     "CheckpointFacts",
+    "Contents",
     "Record",
     "commit_checkpoint",
     "describe_weight_files",
+    "export_averaged",
     "find_committed",
+    "inspect_weights",
     "latest_committed",
     "read_header",
     "read_record",

@@ -4,13 +4,16 @@ import contextlib
 import contextvars
 import functools
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from hf_schedulefree.checkpoint.record import CheckpointError
 
@@ -43,6 +46,22 @@ _DTYPE_BYTES = {
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
+
+# Those that torch can hold: what an export reads and writes.
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 _metadata: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("weight_metadata", default=None)
@@ -144,6 +163,49 @@ def _tensor_end(entry: Mapping[str, Any]) -> int:
     if not 0 <= begin <= end or (width is not None and end - begin != elements * width):
         raise ValueError("offsets")
     return end
+
+
+def torch_dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    """The type of a tensor in a safetensors header."""
+    try:
+        return _TORCH_DTYPES[entry["dtype"]]
+    except KeyError as error:
+        raise CheckpointError(f"tensors of type {entry['dtype']} are not supported") from error
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor: one is in memory at a time.
+
+    Args:
+        path: the file.
+        entries: name -> type and shape.
+        tensors: gives each tensor when its turn has come.
+        metadata: of the header; all strings.
+    """
+    dtype_names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+    # Wide types first, as in safetensors itself: each tensor then starts at a multiple of its width.
+    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        dtype, shape = entries[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors(name).detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def schedule_free_metadata(header: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,14 @@ def optimizer_of_state(folder: str | os.PathLike[str]) -> str | None:
     states = content.get("state") or {}
     if "k" not in groups[0] or any("z" not in state for state in states.values()):
         return "another optimizer"
-    if "momentum" in groups[0] and "betas" not in groups[0]:
+    return schedule_free_class(groups[0])
+
+
+def schedule_free_class(group: Mapping[str, Any]) -> str:
+    """The class of the schedule-free optimizer that a stored parameter group is of."""
+    if "momentum" in group and "betas" not in group:
         return "SGDScheduleFree"
-    return "RAdamScheduleFree" if "silent_sgd_phase" in groups[0] else "AdamWScheduleFree"
+    return "RAdamScheduleFree" if "silent_sgd_phase" in group else "AdamWScheduleFree"
 
 
 def _check_archive(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging
+from hf_schedulefree.optim import averaging, precision
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ def read_sequences(state: Mapping[str, Tensor], group: Mapping[str, Any], shown:
         group: its parameter group.
         shown: the weights stored beside it.
     """
-    shown = shown.to(torch.float64)
     if "z" not in state:
+        shown = shown.to(torch.float64)
         return Sequences(shown, shown, shown)
     z = state["z"].to(torch.float64)
     beta = stored_beta(group)
     if shows_y(group):
-        return Sequences(averaging.x_from_y(shown, z, beta), shown, z)
-    if "y" in state:
-        y = state["y"].to(torch.float64)
-        return Sequences(averaging.x_from_y(y, z, beta), y, z)
-    return Sequences(shown, averaging.y_from_x(shown, z, beta), z)
+        y = precision.wide(shown, state).to(torch.float64)
+    elif "y" in state and group.get("parked_k", group["k"]) == group["k"]:
+        y = precision.wide(state["y"], state).to(torch.float64)
+    else:
+        x = shown.to(torch.float64)
+        return Sequences(x, averaging.y_from_x(x, z, beta), z)
+    return Sequences(averaging.x_from_y(y, z, beta), y, z)

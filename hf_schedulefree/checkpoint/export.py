@@ -1,0 +1,310 @@
+"""`export_averaged`: x out of any checkpoint. `inspect_weights`: which weights a checkpoint or a file holds."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.checkpoint import files as names
+from hf_schedulefree.checkpoint.contents import Stored, Weights, open_optimizer, open_weights
+from hf_schedulefree.checkpoint.deepspeed import DeepSpeedCheckpoint, is_deepspeed_checkpoint
+from hf_schedulefree.checkpoint.matching import match_states
+from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, Record, read_record
+from hf_schedulefree.checkpoint.verify import optimizer_of_state, schedule_free_class, verify_checkpoint
+from hf_schedulefree.optim.stored import read_sequences, shows_y, stored_beta
+
+# What an export leaves behind: weights (they are written anew) and what only training needs.
+_NOT_COPIED = (
+    RECORD_NAME,
+    f"{RECORD_NAME}.tmp",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.index.json",
+    names.TRAINER_STATE,
+    names.SENTINEL,
+    names.DEEPSPEED_LATEST,
+    "zero_to_fp32.py",
+)
+
+Progress = Callable[[str], Any]
+
+
+@dataclass
+class Contents:
+    """What is known of a checkpoint folder or weight file.
+
+    Attributes:
+        weights: "x", "y", or None if nothing tells.
+        reason: how that is known.
+        complete: whether the checkpoint is whole; None for a lone weight file.
+        distance: |x - y| / |y| over all trained parameters; None if it cannot be known from what is there.
+    """
+
+    path: Path
+    weights: Literal["x", "y"] | None
+    reason: str
+    step: int | None
+    optimizer: str | None
+    beta: float | None
+    complete: bool | None
+    problem: str | None
+    distance: float | None = None
+    note: str | None = None
+
+
+class _Source:
+    """A checkpoint opened for reading: its tensors, and x and y of each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.record = _record_or_none(path)
+        self.weights: Weights
+        self.stored: dict[str, Stored] = {}
+        self.problem: str | None = None  # why the optimizer state could not be used
+        self.has_optimizer = False
+        self._groups: list[Mapping[str, Any]] = []
+        if path.is_dir() and is_deepspeed_checkpoint(path):
+            self.weights = DeepSpeedCheckpoint(path)
+            self.stored = self.weights.stored
+            self._groups = self.weights.groups
+            self.has_optimizer = self.weights.is_schedule_free
+            return
+        self.weights = open_weights(path)
+        optimizer = open_optimizer(path) if path.is_dir() else None
+        if optimizer is None or not optimizer.is_schedule_free:
+            return
+        self.has_optimizer = True
+        self._groups = optimizer.groups
+        try:
+            self.stored = match_states(self.folder, self.weights, optimizer, self.record)
+        except CheckpointError as error:
+            self.problem = str(error)
+
+    def shown(self) -> tuple[Literal["x", "y"] | None, str]:
+        """Which weights are stored, and how that is known."""
+        if self.record is not None:
+            return self.record.weights, f"the record {RECORD_NAME} says so"
+        said = self.weights.metadata.get("weights")
+        if said in ("x", "y"):
+            return said, "the header of the weight file says so"
+        if self._groups:
+            if all(not shows_y(group) for group in self._groups):
+                return "x", "the optimizer beside them was saved in eval mode"
+            return "y", "the optimizer beside them was saved in train mode"
+        return (
+            None,
+            "nothing says so: no record, no metadata in the file, and no schedule-free optimizer state beside it",
+        )
+
+    def optimizer_name(self) -> str | None:
+        if self.record is not None and self.record.optimizer:
+            return self.record.optimizer
+        if self.weights.metadata.get("optimizer"):
+            return self.weights.metadata["optimizer"]
+        if self.path.is_dir() and (self.folder / names.OPTIMIZER_FILE).is_file():
+            return optimizer_of_state(self.folder)
+        return schedule_free_class(self._groups[0]) if self._groups else None
+
+    def beta(self) -> float | None:
+        if self._groups:
+            return stored_beta(self._groups[0])
+        said = self.record.beta if self.record is not None else self.weights.metadata.get("beta")
+        return None if said is None else float(said)
+
+    def step(self) -> int | None:
+        if self.record is not None:
+            return self.record.step
+        if self.path.is_dir() and (self.folder / names.TRAINER_STATE).is_file():
+            step = names.read_json(self.folder / names.TRAINER_STATE).get("global_step")
+            if isinstance(step, int):
+                return step
+        said = self.weights.metadata.get("step", "")
+        if said.isdigit():
+            return int(said)
+        steps = [group["k"] for group in self._groups if "k" in group]
+        return int(steps[0]) if steps else None
+
+    def output_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
+        """The type to write a tensor in: that asked for, if it is one of real numbers."""
+        own = self.weights.dtypes[name]
+        return own if dtype is None or not own.is_floating_point else dtype
+
+    def averaged(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """x of one tensor, computed in float64 and rounded once; the stored bits, where they are x already."""
+        shown = self.weights.read(name)
+        target = self.output_dtype(name, dtype)
+        stored = self.stored.get(name)
+        if stored is None or "z" not in stored.state:
+            return shown.to(target)
+        wider = torch.finfo(target).bits > torch.finfo(shown.dtype).bits
+        if not shows_y(stored.group) and not wider:
+            return shown.to(target)
+        return read_sequences(stored.state, stored.group, shown).x.to(target)
+
+
+def inspect_weights(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Contents:
+    """Which weights a checkpoint folder or a weight file holds, and how far x is from y.
+
+    Raises:
+        CheckpointError: there are no weights that can be read.
+    """
+    path = Path(path)
+    complete, problem = None, None
+    if path.is_dir():
+        try:
+            complete = verify_checkpoint(path).folder is not None
+        except CheckpointError as error:
+            complete, problem = False, str(error)
+    source = _Source(path)
+    weights, reason = source.shown()
+    contents = Contents(
+        path,
+        weights,
+        reason,
+        source.step(),
+        source.optimizer_name(),
+        source.beta(),
+        complete,
+        problem,
+        note=source.problem,
+    )
+    if source.stored:
+        contents.distance = _distance(source, progress)
+    return contents
+
+
+def _distance(source: _Source, progress: Progress | None) -> float:
+    apart, size = 0.0, 0.0
+    once = {id(stored): (name, stored) for name, stored in source.stored.items()}  # tied tensors share their state
+    for name, stored in once.values():
+        if progress is not None:
+            progress(name)
+        sequences = read_sequences(stored.state, stored.group, source.weights.read(name))
+        apart += float((sequences.x - sequences.y).square().sum())
+        size += float(sequences.y.square().sum())
+    return (apart / size) ** 0.5 if size else 0.0
+
+
+def export_averaged(
+    folder: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Contents:
+    """Write the averaged weights x of a checkpoint as safetensors, ready for `from_pretrained`.
+
+    Takes checkpoints of this package, the stock Trainer's (whether their weights are x or y), FSDP2's sharded ones,
+    DeepSpeed's, and adapters. Works tensor by tensor, in float64, rounding once. Configuration, tokenizer and whatever
+    else is not weights or training state is copied.
+
+    Args:
+        folder: the checkpoint.
+        output_dir: a new or empty folder.
+        dtype: of the written weights; by default that of the checkpoint's.
+        progress: called with the name of each tensor.
+
+    Raises:
+        CheckpointError: x cannot be known from what is there, or the checkpoint is damaged.
+        FileExistsError: `output_dir` is not empty.
+    """
+    source_path, output = Path(folder), Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; choose a new one")
+    if source_path.is_dir() and (source_path / RECORD_NAME).exists():
+        verify_checkpoint(source_path)
+    source = _Source(source_path)
+    weights, reason = source.shown()
+    if weights is None:
+        raise CheckpointError(f"x cannot be found in {source_path}: {reason}")
+    if weights == "y" and not source.stored:
+        raise CheckpointError(
+            f"{source_path} holds y, and x cannot be computed: "
+            + (source.problem or "there is no optimizer state with z beside it")
+        )
+    metadata = {"format": "pt"} | names.weight_metadata(
+        weights="x", step=source.step() or 0, optimizer=source.optimizer_name() or "unknown", beta=source.beta()
+    )
+    temporary = output.with_name(f"{output.name}.tmp-export")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if source_path.is_dir():
+            _copy_other_files(source_path, temporary)
+        for file_name, tensors in source.weights.layout.items():
+            _write_averages(source, temporary / file_name, tensors, dtype, metadata, progress)
+        _copy_index(source, temporary)
+        if output.exists():
+            output.rmdir()
+        os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Contents(output, "x", "computed", source.step(), source.optimizer_name(), source.beta(), None, None)
+
+
+def _write_averages(
+    source: _Source,
+    path: Path,
+    tensors: list[str],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    full_names = {name.rpartition("/")[2]: name for name in tensors}  # an adapter's folder is no part of the name
+
+    def average(name: str) -> Tensor:
+        if progress is not None:
+            progress(full_names[name])
+        return source.averaged(full_names[name], dtype)
+
+    entries = {
+        short: (source.output_dtype(name, dtype), source.weights.shapes[name]) for short, name in full_names.items()
+    }
+    names.write_safetensors(path, entries, average, metadata)
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Configuration, tokenizer, code, adapters' configurations: everything but weights and training state."""
+    for path in sorted(source.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
+            continue
+        if path.is_file():
+            shutil.copy2(path, target / path.name)
+        elif (path / "adapter_config.json").is_file():
+            (target / path.name).mkdir()
+            _copy_other_files(path, target / path.name)
+
+
+def _copy_index(source: _Source, target: Path) -> None:
+    files = source.weights.layout
+    if list(files) == [names.MODEL_FILE] or any(Path(file).name == names.ADAPTER_FILE for file in files):
+        return
+    if not source.path.is_dir():
+        return
+    total = sum((target / file).stat().st_size for file in files)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, tensors in sorted(files.items()) for name in tensors},
+    }
+    (target / names.MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _record_or_none(path: Path) -> Record | None:
+    if not path.is_dir():
+        return None
+    try:
+        return read_record(path)
+    except CheckpointError:
+        return None

@@ -1,0 +1,292 @@
+"""`export_averaged` and `inspect_weights`: x out of whatever checkpoint there is, equal to x in float64 to rounding."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_runs import same, tiny_model, tiny_trainer, weights_of
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_schedulefree.checkpoint import CheckpointError, export_averaged, inspect_weights, read_header
+
+BETA = 0.9
+
+
+def x_in_float64(model, optimizer):
+    """x of every parameter, from y in the model and z in the optimizer, by the paper's formula."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    x = {}
+    for name, p in model.named_parameters():
+        y, z = p.detach().double(), optimizer.state[p]["z"].double() if p in optimizer.state else p.detach().double()
+        x[name] = (y - (1 - BETA) * z) / BETA
+    return x
+
+
+def stock_run(output_dir, **arguments):
+    """A finished run of the stock Trainer with schedulefree's AdamW, which saves y; its trainer, still at y."""
+    trainer = tiny_trainer(output_dir, **{"trainer_class": Trainer, "optim": "schedule_free_adamw", **arguments})
+    trainer.train()
+    trainer.optimizer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    run = tmp_path_factory.mktemp("stock")
+    return run, stock_run(run)
+
+
+def assert_rounded(tensors, exact):
+    assert tensors.keys() >= exact.keys()
+    for name, value in exact.items():
+        unit = torch.finfo(tensors[name].dtype).eps * value.abs().clamp_min(1e-30)
+        assert bool(((tensors[name].double() - value).abs() <= 0.51 * unit).all()), name
+
+
+def test_a_stock_checkpoint_at_y_is_exported_as_x(stock, tmp_path):
+    run, trainer = stock
+    contents = inspect_weights(run / "checkpoint-6")
+    assert (contents.weights, contents.step, contents.optimizer) == ("y", 6, "AdamWScheduleFree")
+    assert contents.complete is True
+    exact = x_in_float64(trainer.model, trainer.optimizer)
+    y = {name: p.detach().double() for name, p in trainer.model.named_parameters()}
+    apart = (
+        sum((exact[name] - y[name]).square().sum() for name in y) ** 0.5
+        / sum(v.square().sum() for v in y.values()) ** 0.5
+    )
+    assert contents.distance == pytest.approx(float(apart), rel=1e-6)
+    export_averaged(run / "checkpoint-6", tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert_rounded(written, exact)
+    assert not same(written, load_file(run / "checkpoint-6/model.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(dict(model.state_dict()), written)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    metadata = read_header(tmp_path / "out/model.safetensors")["__metadata__"]
+    assert metadata["schedule_free.weights"] == "x" and metadata["format"] == "pt"
+    again = inspect_weights(tmp_path / "out/model.safetensors")
+    assert (again.weights, again.step, again.complete) == ("x", 6, None)
+    with pytest.raises(FileExistsError):
+        export_averaged(run / "checkpoint-6", tmp_path / "out")
+
+
+def test_in_float64_nothing_is_rounded(stock, tmp_path):
+    run, trainer = stock
+    export_averaged(run / "checkpoint-6", tmp_path / "out", dtype=torch.float64)
+    written = load_file(tmp_path / "out/model.safetensors")
+    for name, value in x_in_float64(trainer.model, trainer.optimizer).items():
+        torch.testing.assert_close(written[name], value, rtol=0, atol=1e-15)
+
+
+def test_without_a_config_the_states_are_told_apart_by_their_values(stock, tmp_path):
+    run, trainer = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "bare")
+    (tmp_path / "bare/config.json").unlink()
+    export_averaged(tmp_path / "bare", tmp_path / "out")
+    assert_rounded(load_file(tmp_path / "out/model.safetensors"), x_in_float64(trainer.model, trainer.optimizer))
+
+
+def test_states_that_cannot_be_told_apart_are_refused(stock, tmp_path):
+    run, _ = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "bare")
+    (tmp_path / "bare/config.json").unlink()
+    tensors = load_file(tmp_path / "bare/model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, tmp_path / "bare/model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be told apart"):
+        export_averaged(tmp_path / "bare", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", ["pickled", "sharded", "sharded pickled"])
+def test_every_file_layout_is_read(stock, tmp_path, variant):
+    run, trainer = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "in")
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    (tmp_path / "in/model.safetensors").unlink()
+    if variant == "pickled":
+        torch.save(tensors, tmp_path / "in/pytorch_model.bin")
+    elif variant == "sharded":
+        trainer.model.save_pretrained(tmp_path / "in", max_shard_size="10KB")
+    else:
+        names = list(tensors)
+        for number, part in enumerate((names[:9], names[9:])):
+            torch.save({name: tensors[name] for name in part}, tmp_path / f"in/pytorch_model-{number}.bin")
+        weight_map = {name: f"pytorch_model-{int(position >= 9)}.bin" for position, name in enumerate(names)}
+        (tmp_path / "in/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert inspect_weights(tmp_path / "in").complete is True
+    export_averaged(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_rounded(dict(model.state_dict()), x_in_float64(trainer.model, trainer.optimizer))
+    if variant == "sharded":
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("name", ["schedule_free_radam", "schedule_free_sgd"])
+def test_the_other_optimizers_of_the_stock_trainer(tmp_path, name):
+    trainer = stock_run(tmp_path / "run", optim=name)
+    contents = inspect_weights(tmp_path / "run/checkpoint-6")
+    assert contents.optimizer == {"sgd": "SGDScheduleFree", "radam": "RAdamScheduleFree"}[name.rpartition("_")[2]]
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    assert_rounded(load_file(tmp_path / "out/model.safetensors"), x_in_float64(trainer.model, trainer.optimizer))
+
+
+def test_tied_and_frozen_weights(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.0" not in name
+    trainer = stock_run(tmp_path / "run", model=model)
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    assert_rounded(load_file(tmp_path / "out/model.safetensors"), x_in_float64(trainer.model, trainer.optimizer))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def lora_model(**config):
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM", **config}
+    return get_peft_model(tiny_model(), LoraConfig(**options))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_lora(tmp_path, ours):
+    model = lora_model(modules_to_save=["lm_head"] if ours else None, use_dora=ours)
+    if ours:
+        trainer = tiny_trainer(tmp_path / "run", model=model)
+        trainer.train()
+        trainer.optimizer.train()
+    else:
+        trainer = stock_run(tmp_path / "run", model=model)
+    contents = inspect_weights(tmp_path / "run/checkpoint-6")
+    assert contents.weights == ("x" if ours else "y") and contents.distance > 0
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    loaded = dict(PeftModel.from_pretrained(tiny_model(), tmp_path / "out").named_parameters())
+    exact = x_in_float64(trainer.model, trainer.optimizer)
+    trained = {name: value for name, value in exact.items() if "lora" in name or "modules_to_save" in name}
+    assert len(trained) > 8
+    for name, value in trained.items():
+        torch.testing.assert_close(loaded[name].double(), value, rtol=1e-6, atol=1e-8)
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "wide", dtype=torch.float64)
+    wide = load_file(tmp_path / "wide/adapter_model.safetensors")
+    wide = {name.replace(".weight", ""): value for name, value in wide.items()}
+    for name, value in trained.items():
+        short = name.replace(".default", "").replace(".weight", "").replace(".modules_to_save", "")
+        torch.testing.assert_close(wide[short], value, rtol=0, atol=1e-15)
+
+
+def test_ours_is_copied_bit_for_bit(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.train()
+    contents = inspect_weights(tmp_path / "run/checkpoint-6")
+    assert (contents.weights, contents.complete, contents.step) == ("x", True, 6) and contents.distance > 0
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    assert same(load_file(tmp_path / "out/model.safetensors"), weights_of(trainer))
+
+
+def test_bfloat16_state_gives_x_in_full_precision(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", model=tiny_model().to(torch.bfloat16))
+    trainer.train()
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "wide", dtype=torch.float32)
+    narrow, wide = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "wide/model.safetensors")
+    assert same(narrow, weights_of(trainer))
+    assert same({name: tensor.bfloat16() for name, tensor in wide.items()}, narrow)
+    assert any(not torch.equal(wide[name], narrow[name].float()) for name in wide)
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    tiny_trainer(tmp_path / "run").train()
+    path = tmp_path / "run/checkpoint-6/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is altered"):
+        export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+
+
+def test_y_without_its_optimizer_and_unknown_weights_are_refused(stock, tmp_path):
+    run, _ = stock
+    with pytest.raises(CheckpointError, match="nothing says so"):
+        export_averaged(run / "checkpoint-6/model.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_fsdp(stock, tmp_path, kind):
+    _, trainer = stock
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    optimizer = trainer.optimizer.optimizer
+    state_dict = dict(trainer.model.state_dict())
+    optimizer_state = {
+        "state": {names[id(p)]: state for p, state in optimizer.state.items()},
+        "param_groups": [
+            {**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups
+        ],
+    }
+    (tmp_path / "in").mkdir()
+    trainer.model.config.save_pretrained(tmp_path / "in")
+    if kind == "full":
+        torch.save(state_dict, tmp_path / "in/pytorch_model_fsdp.bin")
+        torch.save(optimizer_state, tmp_path / "in/optimizer.bin")
+    else:
+        dcp.save({"model": state_dict}, checkpoint_id=tmp_path / "in/pytorch_model_fsdp_0", no_dist=True)
+        dcp.save({"optimizer": optimizer_state}, checkpoint_id=tmp_path / "in/optimizer_0", no_dist=True)
+    contents = inspect_weights(tmp_path / "in")
+    assert (contents.weights, contents.step, contents.optimizer) == ("y", 6, "AdamWScheduleFree")
+    export_averaged(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_rounded(dict(model.state_dict()), x_in_float64(trainer.model, trainer.optimizer))
+
+
+def test_metadata_of_a_sharded_checkpoint_runs_no_code(stock, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (shutil.rmtree, (str(tmp_path / "victim"),))
+
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "in/pytorch_model_fsdp_0").mkdir(parents=True)
+    (tmp_path / "in/pytorch_model_fsdp_0/.metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match=r"\.metadata asks for shutil"):
+        inspect_weights(tmp_path / "in")
+    assert (tmp_path / "victim").is_dir()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_deepspeed(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    script = Path(__file__).parent / "distributed/deepspeed_run.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    launched = subprocess.run(
+        [*launcher, "--standalone", str(script), str(stage), str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    checkpoint = tmp_path / "run/checkpoint-2"
+    # It may abort at its exit, after everything was written.
+    assert (checkpoint / "trainer_state.json").exists(), launched.stderr[-2000:]
+    contents = inspect_weights(checkpoint)
+    assert (contents.weights, contents.step, contents.optimizer) == ("y", 2, "AdamWScheduleFree")
+    export_averaged(checkpoint, tmp_path / "out")
+    x, y = load_file(tmp_path / "out/model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert x.keys() == y.keys()
+    # Of all the ways to cut the partitions, only the right one is as far from the saved y as x is.
+    apart = sum((x[name].double() - y[name].double()).square().sum() for name in y) ** 0.5
+    size = sum(tensor.double().square().sum() for tensor in y.values()) ** 0.5
+    assert contents.distance > 1e-4 and float(apart / size) == pytest.approx(contents.distance, rel=1e-5)
