@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hf_schedulefree.optim import directions
-from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
+from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.precision import StatePrecision
 
 

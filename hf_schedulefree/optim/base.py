@@ -10,16 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, conversion, directions, precision, precision_step, sharding
+from hf_schedulefree.optim import averaging, conversion, kernels, precision, precision_step, sharding
+from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
+from hf_schedulefree.optim.kernels.numbers import StepNumbers
 from hf_schedulefree.optim.precision import Storage
 
 logger = logging.getLogger(__name__)
-
-Implementation = Literal["for-loop", "foreach"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("for-loop", "foreach")
-
-# The temporaries of one multi-tensor call hold at most this many elements (or one tensor, if that is larger).
-_CHUNK_ELEMENTS = 2**22
 
 # Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
 _FRESH_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
@@ -86,8 +83,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups; a group may override every option below.
         options: the group defaults (lr, weight_decay, warmup_steps, r, weight_lr_power and the subclass's own).
-        implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations) or None (the fastest that
-            the tensors allow). All give the same numbers within rounding.
+        implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations), "fused" (one pass over
+            memory, where a compiler is at hand: see `kernels`) or None (the fastest that the tensors allow). All give
+            the same numbers within rounding.
         foreach: accepted for code written for `schedulefree`: True means implementation="foreach", False "for-loop".
 
     Raises:
@@ -125,7 +123,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         """The factor on the group's `lr` at this step; by default the linear warm-up."""
         return averaging.warmup_factor(group["k"], group["warmup_steps"])
 
-    def _direction(self, group: dict[str, Any]) -> directions.Direction:
+    def _direction(self, group: dict[str, Any]) -> Direction:
         """The base optimizer's direction d at this step, without weight decay."""
         raise NotImplementedError
 
@@ -400,60 +398,34 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         c, group["weight_sum"] = averaging.averaging_weight(
             group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
         )
-        beta, direction = self._beta(group), self._direction(group)
-        plain: list[Tensor] = []
+        numbers = StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group))
+        rows: list[kernels.Row] = []
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for position, p in enumerate(group["params"], start=first):
             if p.grad is None:
                 continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+            state = self._init_state(group, p)
             storage = self._storage(group, p)
             if storage is None:
-                plain.append(p)
+                rows.append((p, state["z"], state.get("exp_avg_sq"), p.grad))
                 continue
-            self._refuse_sparse(p)
             precision_step.step_(
                 p,
                 p.grad,
-                self._init_state(group, p),
+                state,
                 storage,
-                direction=direction,
-                weight_decay=group["weight_decay"],
+                direction=numbers.direction,
+                weight_decay=numbers.weight_decay,
                 lr=lr,
-                beta=beta,
+                beta=numbers.beta,
                 c=c,
                 key=precision.rounding_key(group["rounding_seed"], group["k"], position),
             )
-        for params in self._chunks(plain):
-            grads = [p.grad for p in params]
-            states = [self._init_state(group, p) for p in params]
-            second_moments = [state["exp_avg_sq"] for state in states] if direction.beta2 is not None else []
-            d = directions.compute(direction, grads, second_moments)
-            if group["weight_decay"] != 0:  # decay is taken at y
-                if d is grads:
-                    d = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-                else:
-                    torch._foreach_add_(d, params, alpha=group["weight_decay"])
-            averaging.update_(params, [state["z"] for state in states], d, lr=lr, beta=beta, c=c)
+        if rows:
+            kernels.step_(rows, numbers, self.implementation)
         group["k"] += 1
-
-    def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Split a list of parameters into those of one multi-tensor call."""
-        limit = 0 if self.implementation == "for-loop" else _CHUNK_ELEMENTS
-        chunk: list[Tensor] = []
-        elements = 0
-        for p in params:
-            self._refuse_sparse(p)
-            if chunk and elements + p.numel() > limit:
-                yield chunk
-                chunk, elements = [], 0
-            chunk.append(p)
-            elements += p.numel()
-        if chunk:
-            yield chunk
-
-    def _refuse_sparse(self, p: Tensor) -> None:
-        if p.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
 
     def _is_dry_run(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to create the state: a step at lr 0 on zero gradients.

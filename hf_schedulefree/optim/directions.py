@@ -14,21 +14,23 @@ class Direction(NamedTuple):
         beta2: decay of v, or None where there is no v (SGD).
         correction: the bias correction 1 - beta2^(k+1).
         eps: added to the root.
+        steps: k + 1, the steps that v has seen after this one.
         normalizes: False while v is only collected and d is g (the first steps of RAdam).
     """
 
     beta2: float | None = None
     correction: float = 1.0
     eps: float = 0.0
+    steps: int = 1
     normalizes: bool = False
 
 
 def adaptive(beta2: float, eps: float, k: int, *, normalizes: bool = True) -> Direction:
     """The direction of Adam at the step after `k` finished ones."""
-    return Direction(beta2, 1 - beta2 ** (k + 1), eps, normalizes)
+    return Direction(beta2, 1 - beta2 ** (k + 1), eps, k + 1, normalizes)
 
 
-def compute(direction: Direction, grads: list[Tensor], second_moments: Sequence[Tensor]) -> list[Tensor]:
+def compute(direction: Direction, grads: Sequence[Tensor], second_moments: Sequence[Tensor]) -> Sequence[Tensor]:
     """d for a list of gradients; updates v in place and leaves the gradients alone (d may be the list `grads` itself).
 
     Args:

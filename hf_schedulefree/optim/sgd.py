@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_schedulefree.optim.base import Implementation, ScheduleFreeOptimizer
+from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.precision import StatePrecision
 
 

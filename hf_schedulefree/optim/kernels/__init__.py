@@ -1,0 +1,114 @@
+"""Implementations of the schedule-free step; each is tested against `averaging` in float64.
+
+| implementation | what runs |
+|---|---|
+| "for-loop" | torch's operations, one tensor at a time |
+| "foreach"  | torch's multi-tensor operations |
+| "fused"    | one pass over memory: numba on CPU (the extra `fast`), Triton on CUDA; without them, torch's fused Adam |
+| None       | "fused" |
+
+"fused" takes the tensors that it can (dense, of one dtype and device); all others are stepped one at a time.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import sharding
+from hf_schedulefree.optim.kernels import torch_ops
+from hf_schedulefree.optim.kernels.numbers import StepNumbers
+
+Implementation = Literal["for-loop", "foreach", "fused"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("for-loop", "foreach", "fused")
+
+# y, z, v (None without a second moment) and the gradient of one parameter.
+Row = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+# The temporaries of one multi-tensor call hold at most this many elements (or one tensor, if that is larger).
+_CHUNK_ELEMENTS = 2**22
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_FUSED_DTYPES = (torch.float32, torch.float64)
+
+
+def step_(rows: Sequence[Row], numbers: StepNumbers, implementation: Implementation | None = None) -> None:
+    """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1; gradients keep their values."""
+    if implementation == "for-loop":
+        for row in rows:
+            torch_ops.foreach_(*_columns([row]), numbers)
+    elif implementation == "foreach":
+        for chunk in _chunks(rows):
+            torch_ops.foreach_(*_columns(chunk), numbers)
+    else:
+        _fused(rows, numbers)
+
+
+def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
+    buckets: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
+    for row in rows:
+        local = _dense(row)
+        if local is None:
+            torch_ops.foreach_(*_columns([row]), numbers)
+        else:
+            buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
+    for (device, dtype), bucket in buckets.items():
+        kernel = one_pass_kernel(device.type) if dtype in _ONE_PASS_DTYPES else None
+        if kernel is not None:
+            kernel(*_columns(bucket), numbers)
+        elif dtype in _FUSED_DTYPES:
+            torch_ops.fused_(*_columns(bucket), numbers)
+        else:
+            for chunk in _chunks(bucket):
+                torch_ops.foreach_(*_columns(chunk), numbers)
+
+
+@functools.cache
+def one_pass_kernel(device_type: str) -> Callable | None:
+    """The compiled one-pass step for a kind of device; None where its compiler is not installed."""
+    module = {"cpu": "numba", "cuda": "triton"}.get(device_type)
+    if module is None or importlib.util.find_spec(module) is None:
+        return None
+    return importlib.import_module(f"{__name__}.one_pass_{device_type}").step_
+
+
+def _dense(row: Row) -> Row | None:
+    """The tensors of a row (of `DTensor`s, the local shards) if all are contiguous and alike; else None."""
+    y, z, v, grad = row
+    if type(y) not in _PLAIN_TENSORS:
+        placements = getattr(y, "placements", None)
+        if placements is None or any(getattr(t, "placements", None) != placements for t in row if t is not None):
+            return None
+        y, z, grad = sharding.local(y), sharding.local(z), sharding.local(grad)
+        v = None if v is None else sharding.local(v)
+    tensors = (y, z, grad) if v is None else (y, z, v, grad)
+    for t in tensors:
+        if not (
+            type(t) in _PLAIN_TENSORS and t.is_contiguous() and t.dtype == y.dtype and t.device == y.device
+        ):  # a gradient or a state of another kind
+            return None
+    return y, z, v, grad
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    y, z, v, grads = map(list, zip(*rows, strict=True))
+    return y, z, ([] if v[0] is None else v), grads
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Split many rows into those of one multi-tensor call."""
+    chunk: list[Row] = []
+    elements = 0
+    for row in rows:
+        if chunk and elements + row[0].numel() > _CHUNK_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(row)
+        elements += row[0].numel()
+    if chunk:
+        yield chunk

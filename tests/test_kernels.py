@@ -1,0 +1,330 @@
+"""Every implementation of the step against averaging.py in float64, on tensors of every kind."""
+
+import importlib.util
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+
+from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, kernels
+from hf_schedulefree.optim.kernels import torch_ops
+from hf_schedulefree.optim.kernels.numbers import StepNumbers
+
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
+
+# Largest error of one step, relative to the largest value of the tensor. bfloat16: half a unit in the last place.
+TOLERANCE = {torch.float32: 4e-7, torch.float64: 1e-15, torch.bfloat16: 2**-8}
+
+DIRECTIONS = {
+    "sgd": directions.Direction(),
+    "collect": directions.adaptive(0.99, 1e-8, 2, normalizes=False),
+    "adam": directions.adaptive(0.99, 1e-8, 40),
+    "adam, first step": directions.adaptive(0.0, 1e-3, 0),
+}
+SHAPES = [(7, 5), (), (1,), (0,), (1023,), (3, 1, 4), (64, 33), (2, 0, 3)]
+
+
+def numba_step(*args):
+    kernels.one_pass_kernel("cpu")(*args)
+
+
+BACKENDS = {
+    "foreach": torch_ops.foreach_,
+    "torch fused": torch_ops.fused_,
+    "numba": pytest.param(numba_step, marks=needs_numba),
+}
+
+
+def backends(*names):
+    params = [BACKENDS[name] for name in names]
+    return pytest.mark.parametrize("step", params, ids=names)
+
+
+def tensors(shapes, dtype, seed=0):
+    """y, z, v, g: z near y and v that of gradients like g, as in a run."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale):
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) * scale for shape in shapes]
+
+    y, offset, g, noise = normal(1.0), normal(0.05), normal(0.1), normal(0.1)
+    z = [a + b for a, b in zip(y, offset, strict=True)]
+    return [[t.to(dtype) for t in group] for group in (y, z, [t**2 + 1e-4 for t in noise], g)]
+
+
+def numbers_for(kind, weight_decay=0.0, **changes):
+    return StepNumbers(
+        **{"lr": 0.01, "beta": 0.9, "c": 0.03, **changes}, weight_decay=weight_decay, direction=DIRECTIONS[kind]
+    )
+
+
+def expected(y, z, v, g, numbers):
+    """The step in float64, with averaging.py's single formula."""
+    y, z, v, g = ([t.double() for t in group] for group in (y, z, v, g))
+    v = v if numbers.direction.beta2 is not None else []
+    d = [a + numbers.weight_decay * b for a, b in zip(directions.compute(numbers.direction, g, v), y, strict=True)]
+    averaging.update_(y, z, d, lr=numbers.lr, beta=numbers.beta, c=numbers.c)
+    return y, z, v
+
+
+def assert_close(actual, wanted, tolerance):
+    for a, b in zip(actual, wanted, strict=True):
+        assert a.shape == b.shape
+        if a.numel():
+            assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1)
+
+
+def run_and_compare(step, y, z, v, g, numbers):
+    wanted = expected(y, z, v, g, numbers)
+    tolerance = TOLERANCE[y[0].dtype]
+    grads = [t.clone() for t in g]
+    step(y, z, v if numbers.direction.beta2 is not None else [], g, numbers)
+    for actual, want in zip((y, z, v), wanted, strict=False):
+        if want:
+            assert_close(actual, want, tolerance)
+    assert all(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
+
+
+@backends(*BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_one_step(step, kind, weight_decay, dtype):
+    run_and_compare(step, *tensors(SHAPES, dtype), numbers_for(kind, weight_decay))
+
+
+@backends(*BACKENDS)
+@pytest.mark.parametrize("changes", [{"c": 1.0}, {"c": 0.0}, {"lr": 0.0}, {"beta": 0.98}, {"beta": 0.3}], ids=str)
+def test_one_step_at_the_ends_of_the_ranges(step, changes):
+    run_and_compare(step, *tensors(SHAPES, torch.float32), numbers_for("adam", 0.1, **changes))
+
+
+@needs_numba
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_bfloat16_is_computed_in_float32_and_rounded_once(kind, weight_decay):
+    numbers = numbers_for(kind, weight_decay)
+    half = tensors(SHAPES, torch.bfloat16)
+    wide = [[t.float() for t in group] for group in half]
+    run_and_compare(numba_step, *half, numbers)
+    v = wide[2] if numbers.direction.beta2 is not None else []
+    numba_step(wide[0], wide[1], v, wide[3], numbers)
+    for half_group, wide_group in zip(half[:2] + ([half[2]] if v else []), wide[:2] + ([v] if v else []), strict=True):
+        for a, b in zip(half_group, wide_group, strict=True):
+            assert torch.equal(a, b.bfloat16())
+
+
+@needs_numba
+def test_bfloat16_extremes():
+    y = [torch.tensor([float("nan"), 3.38e38, -1e-40, 1.0]).bfloat16()]
+    z = [y[0].clone()]
+    numba_step(y, z, [], [torch.zeros(4).bfloat16()], numbers_for("sgd", c=0.0, lr=0.0))
+    assert z[0][0].isnan() and torch.equal(z[0][1:], torch.tensor([3.38e38, -1e-40, 1.0]).bfloat16())
+
+
+# One-pass kernel on CPU
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_the_number_of_threads_changes_no_bit(threads):
+    shapes = [(700_001,), (3,), (500, 999), (0,), (123_457,)]
+    one, many = tensors(shapes, torch.float32), tensors(shapes, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        numba_step(*one, numbers_for("adam", 0.1))
+        torch.set_num_threads(threads)
+        numba_step(*many, numbers_for("adam", 0.1))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for group_one, group_many in zip(one, many, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(group_one, group_many, strict=True))
+
+
+@needs_numba
+def test_the_arithmetic_is_strict():
+    """numpy's float32, operation by operation: the same bits, whatever the position in a vector."""
+    y, z, v, g = tensors([(1037,)], torch.float32)
+    n = numbers_for("adam", 0.1)
+    f = np.float32
+    y_, z_, v_, g_ = (t[0].numpy().copy() for t in (y, z, v, g))
+    v_ = f(n.direction.beta2) * v_ + f(1 - n.direction.beta2) * (g_ * g_)
+    d = g_ / (np.sqrt(v_ * f(1 / n.direction.correction)) + f(n.direction.eps)) + f(n.weight_decay) * y_
+    y_ = y_ + f(n.c) * (z_ - y_) + f(n.lr * (n.beta * (1 - n.c) - 1)) * d
+    z_ = z_ - f(n.lr) * d
+    numba_step(y, z, v, g, n)
+    for actual, want in ((y, y_), (z, z_), (v, v_)):
+        assert np.array_equal(actual[0].numpy(), want)
+
+
+def _child(groups, queue):
+    numba_step(*groups, numbers_for("adam", 0.1))
+    queue.put(groups[0][0].numpy().sum())
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_steps_too():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # torch's own threads would not survive the fork
+        here, there = (tensors([(600_000,)], torch.float32) for _ in range(2))
+        torch.set_num_threads(2)
+        numba_step(*here, numbers_for("adam", 0.1))
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_child, args=(there, queue))
+        child.start()
+        assert queue.get(timeout=60) == here[0][0].numpy().sum()
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def allocated(step, *args):
+    """The bytes that torch allocates during a call."""
+    with profile(profile_memory=True) as profiler:
+        step(*args)
+    return sum(max(0, event.cpu_memory_usage) for event in profiler.events() if event.name == "[memory]" or event.name)
+
+
+@backends("torch fused", "numba")
+@pytest.mark.parametrize("kind", DIRECTIONS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_no_temporaries(step, kind, weight_decay):
+    groups = tensors([(100_000,), (50_000,)], torch.float32)
+    numbers = numbers_for(kind, weight_decay)
+    groups[2] = groups[2] if numbers.direction.beta2 is not None else []
+    step(*groups, numbers)  # compiles
+    assert allocated(step, *groups, numbers) < 10_000
+    if groups[2]:
+        assert allocated(torch_ops.foreach_, *groups, numbers_for("adam")) > 1_000_000  # the measurement measures
+
+
+# Which implementation runs
+
+
+def rows_of(groups):
+    return list(zip(*groups, strict=True))
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "numba" else find_spec(name, *a))
+    kernels.one_pass_kernel.cache_clear()
+    yield
+    kernels.one_pass_kernel.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backends in the order in which they are called, with the number of tensors."""
+    made = []
+
+    def recorded(name, function):
+        return lambda y, *args: (made.append((name, len(y))), function(y, *args))
+
+    numba = kernels.one_pass_kernel("cpu")
+    monkeypatch.setattr(torch_ops, "foreach_", recorded("foreach", torch_ops.foreach_))
+    monkeypatch.setattr(torch_ops, "fused_", recorded("torch fused", torch_ops.fused_))
+    if numba is not None:
+        monkeypatch.setattr(kernels, "one_pass_kernel", lambda device: recorded("one pass", numba))
+    return made
+
+
+@needs_numba
+@pytest.mark.parametrize("implementation", ["fused", None])
+def test_one_pass_is_taken_where_it_can(calls, implementation):
+    kernels.step_(rows_of(tensors(SHAPES, torch.float32)), numbers_for("adam"), implementation)
+    assert calls == [("one pass", len(SHAPES))]
+
+
+@pytest.mark.parametrize("implementation", ["fused", None])
+def test_torch_is_taken_where_numba_is_missing(without_numba, calls, implementation):
+    groups = tensors(SHAPES, torch.float32)
+    run_and_compare(lambda *g: kernels.step_(rows_of(g[:4]), g[4], implementation), *groups, numbers_for("adam"))
+    assert calls == [("torch fused", len(SHAPES))]
+    kernels.step_(rows_of(tensors(SHAPES, torch.bfloat16)), numbers_for("adam"), implementation)
+    assert calls[1:] == [("foreach", len(SHAPES))]
+
+
+def test_the_other_choices(calls):
+    for implementation, wanted in (("foreach", [("foreach", 3)]), ("for-loop", [("foreach", 1)] * 3)):
+        calls.clear()
+        kernels.step_(rows_of(tensors([(3,), (4,), ()], torch.float32)), numbers_for("adam"), implementation)
+        assert calls == wanted
+
+
+def test_chunks_bound_the_temporaries(calls, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 10)
+    kernels.step_(rows_of(tensors([(4,), (6,), (1,), (30,), (2,)], torch.float32)), numbers_for("adam"), "foreach")
+    assert calls == [("foreach", 2), ("foreach", 1), ("foreach", 1), ("foreach", 1)]
+
+
+def odd_rows(dtype=torch.float32):
+    """Tensors that no kernel may treat as one flat piece of memory."""
+    transposed = [[t.t() for t in group] for group in tensors([(6, 4)], dtype)]
+    last = [
+        [t.contiguous(memory_format=torch.channels_last) for t in group] for group in tensors([(2, 3, 4, 5)], dtype)
+    ]
+    every_second = [[t[::2] for t in group] for group in tensors([(20,)], dtype)]
+    grad_only = tensors([(6, 4)], dtype, seed=3)
+    grad_only[3] = [grad_only[3][0].t().contiguous().t()]
+    expanded = tensors([(5, 4)], dtype, seed=4)
+    expanded[3] = [torch.full((1,), 0.1, dtype=dtype).expand(5, 4)]
+    return [row for groups in (transposed, last, every_second, grad_only, expanded) for row in rows_of(groups)]
+
+
+@pytest.mark.parametrize("implementation", [*kernels.IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_tensors_of_every_layout_and_dtype_together(implementation, kind):
+    rows = [
+        *odd_rows(),
+        *rows_of(tensors(SHAPES, torch.float32)),
+        *odd_rows(torch.float64),
+        *rows_of(tensors(SHAPES, torch.float64, seed=1)),
+    ]
+    numbers = numbers_for(kind, 0.1)
+    if numbers.direction.beta2 is None:
+        rows = [(y, z, None, g) for y, z, _, g in rows]
+    wanted = [expected(*([t] if t is not None else [] for t in row), numbers) for row in rows]
+    grads = [row[3].clone() for row in rows]
+    kernels.step_(rows, numbers, implementation)
+    for (y, z, v, g), (want_y, want_z, want_v), grad in zip(rows, wanted, grads, strict=True):
+        tolerance = TOLERANCE[y.dtype]
+        assert_close([y, z], [want_y[0], want_z[0]], tolerance)
+        if v is not None:
+            assert_close([v], want_v, tolerance)
+        assert torch.equal(g, grad)
+
+
+class Labelled(torch.Tensor):
+    """A tensor subclass whose memory is nobody's business."""
+
+
+@pytest.mark.parametrize("implementation", ["fused", None])
+def test_tensor_subclasses_are_stepped_by_torch(calls, implementation):
+    rows = rows_of(tensors([(4,)], torch.float32))
+    kernels.step_([tuple(t.as_subclass(Labelled) for t in rows[0])], numbers_for("adam"), implementation)
+    assert calls == [("foreach", 1)]
+
+
+@pytest.mark.parametrize("implementation", [*kernels.IMPLEMENTATIONS, None])
+def test_autograd_notices_the_step(implementation):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = AdamWScheduleFree([p], lr=0.1, implementation=implementation)
+    optimizer.train()
+    loss = (p * p).sum()
+    p.grad = torch.ones(4)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
