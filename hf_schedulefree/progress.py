@@ -1,18 +1,20 @@
 """What schedule-free users watch besides the loss: how much a step still moves the average, and how far x is from y."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hf_schedulefree.optim import averaging, precision, sharding
 from hf_schedulefree.weights import WeightSwitch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _COUNTERS = ("k", "lr_max", "r", "weight_lr_power", "weight_sum")
 
 
-def progress(switch: WeightSwitch, accelerator: Accelerator) -> dict[str, float]:
+def progress(switch: WeightSwitch, accelerator: "Accelerator") -> dict[str, float]:
     """The metrics that the Trainer logs beside the training loss; every process must call this.
 
     Returns:

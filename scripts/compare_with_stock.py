@@ -33,7 +33,10 @@ from hf_schedulefree import ScheduleFreeTrainer
 
 BLOCK = 64
 Side = tuple[type[Trainer], str]
-SIDES: dict[str, Side] = {"stock": (Trainer, "schedule_free_adamw"), "ours": (ScheduleFreeTrainer, "adamw_schedulefree")}
+SIDES: dict[str, Side] = {
+    "stock": (Trainer, "schedule_free_adamw"),
+    "ours": (ScheduleFreeTrainer, "adamw_schedulefree"),
+}
 
 
 def text_blocks(count: int) -> list[dict[str, Tensor]]:
@@ -280,7 +283,9 @@ def measure(side: Side, steps: int) -> dict[str, str]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         rows[f"change of a {name} run by evaluating and saving every 5 steps"] = perturbation(side, steps, dtype)
-    rows["best model: moved by the next evaluate()"], rows["best model: its loss -> loss evaluated"] = best_model(side, steps)
+    rows["best model: moved by the next evaluate()"], rows["best model: its loss -> loss evaluated"] = best_model(
+        side, steps
+    )
     rows["best model: distance at which a second train() starts"] = second_train(side, min(steps, 60))
     return rows
 
