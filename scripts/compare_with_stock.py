@@ -1,4 +1,4 @@
-"""Measure what the stock Trainer does with a schedule-free optimizer, beside ScheduleFreeTrainer. Prints a Markdown table.
+"""What the stock Trainer does with a schedule-free optimizer, beside ScheduleFreeTrainer: prints a Markdown table.
 
     python scripts/compare_with_stock.py [--output FILE] [--steps 200]
 

@@ -4,8 +4,8 @@
     python scripts/example_vision.py [output_dir]
 
 The running statistics that BatchNorm collects in training belong to y. `BatchNormRecalibrationCallback` gives x its
-own, from a few batches of training data, whenever x is evaluated or saved; without it, the weights of one model would be
-evaluated with the statistics of another.
+own, from a few batches of training data, whenever x is evaluated or saved; without it, the weights of one model would
+be evaluated with the statistics of another.
 """
 
 import math

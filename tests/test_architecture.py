@@ -37,7 +37,7 @@ ROOMS = {
     "peft": [],
 }
 
-# Below the Trainer: the stock Trainer's checkpoints number their parameters by the model that only transformers can build.
+# Below the Trainer: the stock Trainer numbers the parameters in its checkpoints by a model that transformers builds.
 TRANSFORMERS_BELOW = ["hf_schedulefree.checkpoint.matching"]
 
 
