@@ -1,6 +1,7 @@
 """What goes to the Hub with the weights: a card that says what they are, no token, and a word when an upload fails."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -68,24 +69,44 @@ def _readable(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+# What `token_left_out` puts over the methods of `TrainingArguments`, in the instance.
+_HOOKS = ("__reduce_ex__", "__deepcopy__")
+
+
 @contextlib.contextmanager
 def token_left_out(args: TrainingArguments) -> Iterator[None]:
-    """Within the block, `args` are pickled without their `hub_token`; the Trainer writes them beside the weights."""
+    """Within the block, `args` (and deep copies made there) are pickled without their `hub_token`.
 
-    def reduce_without_token(protocol: int) -> tuple[Any, ...]:
-        build, how, state, *rest = type(args).__reduce_ex__(args, protocol)
-        state = {**state, "hub_token": None}
-        del state["__reduce_ex__"]
-        return build, how, state, *rest
-
-    if "__reduce_ex__" in vars(args):  # blocks may be nested
+    The Trainer writes them beside the weights, and so does the Trainer that W&B's callback makes for its artifact.
+    """
+    if _HOOKS[0] in vars(args):  # blocks may be nested
         yield
         return
-    args.__reduce_ex__ = reduce_without_token
+    _leave_token_out(args)
     try:
         yield
     finally:
-        del args.__reduce_ex__
+        for hook in _HOOKS:
+            delattr(args, hook)
+
+
+def _leave_token_out(args: TrainingArguments) -> None:
+    def reduce_without_token(protocol: int) -> tuple[Any, ...]:
+        build, how, state, *rest = type(args).__reduce_ex__(args, protocol)
+        return build, how, {**_without_hooks(state), "hub_token": None}, *rest
+
+    def deepcopy_with_token(memo: dict[int, Any]) -> TrainingArguments:
+        duplicate = type(args).__new__(type(args))
+        vars(duplicate).update(copy.deepcopy(_without_hooks(vars(args)), memo))
+        _leave_token_out(duplicate)
+        return duplicate
+
+    for hook, function in zip(_HOOKS, (reduce_without_token, deepcopy_with_token), strict=True):
+        setattr(args, hook, function)
+
+
+def _without_hooks(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name not in _HOOKS}
 
 
 def report_failure(job: Future) -> None:

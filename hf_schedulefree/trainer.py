@@ -129,7 +129,10 @@ class ScheduleFreeMixin(CheckpointMixin):
             kwargs["averaged_weights"] = self.averaged_weights
             if not self._training or self._switch is None:
                 return call_event(event, *args, **kwargs)
-            with self.averaged_weights() if event in EVENTS_AT_X else self.training_weights():
+            with (
+                self.averaged_weights() if event in EVENTS_AT_X else self.training_weights(),
+                hub.token_left_out(self.args),  # a tracker may publish the arguments with the model
+            ):
                 if event == "on_save":
                     return self._call_on_save(lambda: call_event(event, *args, **kwargs))
                 return call_event(event, *args, **kwargs)

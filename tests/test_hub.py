@@ -1,7 +1,9 @@
 """The Hub end to end. The client reads its settings when it is imported, so the tests proper run in a process of their
 own: see hub_end_to_end.py, which can also be given to pytest directly."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ def test_training_args_keep_their_token_but_are_written_without(tmp_path):
     trainer.save_model()
     written = (tmp_path / "training_args.bin").read_bytes()
     assert SECRET.encode() not in written
-    assert args.hub_token == SECRET and "__reduce_ex__" not in vars(args)
+    assert args.hub_token == SECRET and not {"__reduce_ex__", "__deepcopy__"} & set(vars(args))
     loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert loaded.hub_token is None
     assert {**loaded.to_dict(), "hub_token": 0} == {**args.to_dict(), "hub_token": 0}
@@ -47,7 +49,16 @@ def test_a_failure_inside_leaves_the_arguments_as_they_were(tmp_path):
     args = TrainingArguments(**cpu_arguments(tmp_path, hub_token=SECRET))
     with pytest.raises(KeyError), token_left_out(args), token_left_out(args):
         raise KeyError
-    assert "__reduce_ex__" not in vars(args)
+    assert not {"__reduce_ex__", "__deepcopy__"} & set(vars(args))
+
+
+def test_a_copy_made_inside_keeps_the_token_and_is_written_without(tmp_path):
+    args = TrainingArguments(**cpu_arguments(tmp_path, hub_token=SECRET))
+    with token_left_out(args):
+        duplicate = copy.deepcopy(args)
+    assert duplicate.hub_token == SECRET and duplicate == args and duplicate is not args
+    assert SECRET.encode() not in pickle.dumps(duplicate)
+    assert SECRET.encode() in pickle.dumps(args)
 
 
 def test_the_card_is_told_once_and_keeps_what_was_there(tmp_path):

@@ -1,10 +1,12 @@
 """The metrics beside the loss: c and |x - y| / |y|, right, at logging steps only, and on every tracker."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from ecosystem import Witness, cpu_arguments, tiny_llama
+from safetensors.torch import load
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_schedulefree import ScheduleFreeTrainer
@@ -90,27 +92,43 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb(tmp_path, monkeypatch):
-    """W&B through its own callback, offline; the run's history is asked for what arrived."""
+    """W&B offline, through its own callback: the metrics, and a model artifact at x without the token."""
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logged = []
-    log = wandb.sdk.wandb_run.Run.log
+    for name, value in {"MODE": "offline", "SILENT": "true", "LOG_MODEL": "end"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "ARTIFACT_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb"))
+    logged, artifacts = [], []
+    run_class = wandb.sdk.wandb_run.Run
+    log, log_artifact = run_class.log, run_class.log_artifact
+
+    def noting_artifact(run, artifact, *args, **kwargs):
+        artifacts.append(
+            {name: Path(entry.local_path).read_bytes() for name, entry in artifact.manifest.entries.items()}
+        )
+        return log_artifact(run, artifact, *args, **kwargs)
+
     monkeypatch.setattr(
-        wandb.sdk.wandb_run.Run, "log", lambda run, data, *a, **k: logged.append(dict(data)) or log(run, data, *a, **k)
+        run_class, "log", lambda run, data, *a, **k: logged.append(dict(data)) or log(run, data, *a, **k)
     )
-    train(tmp_path / "out", report_to=["wandb"])
+    monkeypatch.setattr(run_class, "log_artifact", noting_artifact)
+    token = "hf_nobodyshouldeverreadthis"
+    _, witness = train(tmp_path / "out", report_to=["wandb"], hub_token=token)
     wandb.finish()
     assert any({"train/averaging_weight", "train/relative_distance"} <= set(data) for data in logged)
+    (artifact,) = [files for files in artifacts if "model.safetensors" in files]
+    witness.assert_at_x(6, load(artifact["model.safetensors"]))
+    assert "training_args.bin" in artifact
+    assert not [name for name, data in artifact.items() if token.encode() in data]
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or token.encode() not in file.read_bytes(), file
 
 
 def test_trackio(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
+    """trackio's own store, read back."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    logged = []
-    monkeypatch.setattr(trackio, "init", lambda *args, **kwargs: None)
-    monkeypatch.setattr(trackio, "log", lambda data, *args, **kwargs: logged.append(dict(data)))
-    monkeypatch.setattr(trackio, "finish", lambda *args, **kwargs: None)
-    train(tmp_path / "out", report_to=["trackio"])
-    assert any({"train/averaging_weight", "train/relative_distance"} <= set(data) for data in logged)
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    train(tmp_path / "out", report_to=["trackio"], project="eco", run_name="run")
+    stored = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file())
+    assert b"train/averaging_weight" in stored and b"train/relative_distance" in stored
