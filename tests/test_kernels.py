@@ -257,6 +257,10 @@ def test_torch_is_taken_where_numba_is_missing(without_numba, calls, implementat
     assert calls[1:] == [("foreach", len(SHAPES))]
 
 
+def test_other_devices_take_torchs_operations():
+    assert kernels.one_pass_kernel("cuda") is None
+
+
 def test_the_other_choices(calls):
     for implementation, wanted in (("foreach", [("foreach", 3)]), ("for-loop", [("foreach", 1)] * 3)):
         calls.clear()

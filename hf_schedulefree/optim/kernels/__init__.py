@@ -4,7 +4,7 @@
 |---|---|
 | "for-loop" | torch's operations, one tensor at a time |
 | "foreach"  | torch's multi-tensor operations |
-| "fused"    | one pass over memory: numba on CPU (the extra `fast`), Triton on CUDA; without them, torch's fused Adam |
+| "fused"    | on CPU, one pass over memory by numba (the extra `fast`); elsewhere, or without it, torch's fused Adam |
 | None       | "fused" |
 
 "fused" takes the tensors that it can (dense, of one dtype and device); all others are stepped one at a time.
@@ -70,11 +70,10 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
 
 @functools.cache
 def one_pass_kernel(device_type: str) -> Callable | None:
-    """The compiled one-pass step for a kind of device; None where its compiler is not installed."""
-    module = {"cpu": "numba", "cuda": "triton"}.get(device_type)
-    if module is None or importlib.util.find_spec(module) is None:
+    """The compiled one-pass step for a kind of device; None where there is none, or numba is not installed."""
+    if device_type != "cpu" or importlib.util.find_spec("numba") is None:
         return None
-    return importlib.import_module(f"{__name__}.one_pass_{device_type}").step_
+    return importlib.import_module(f"{__name__}.one_pass_cpu").step_
 
 
 def _dense(row: Row) -> Row | None:
