@@ -1,4 +1,4 @@
-"""The command `hf-schedulefree`: look into checkpoints, verify them, and take the averaged weights out of them.
+"""The command `hf-schedulefree`: look into checkpoints, verify them, take the averaged weights out, draw loss curves.
 
 Each subcommand is a function that adds its parser to the others (`add_..._command`) and one that runs it; the latter
 returns the exit status.
@@ -24,6 +24,7 @@ from hf_schedulefree.checkpoint import (
     verify_checkpoint,
 )
 from hf_schedulefree.checkpoint.commit import checkpoint_folders
+from hf_schedulefree.plotting import plot_runs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-schedulefree",
-        description="Look into, verify and repair the checkpoints of schedule-free training.",
+        description="Look into, verify and repair the checkpoints of schedule-free training, and draw its curves.",
         epilog="In schedule-free training the averaged weights x are evaluated and published; gradients are taken at "
         "other weights, y. Example: hf-schedulefree export runs/my-model/checkpoint-1000 --output my-model",
     )
@@ -243,7 +244,43 @@ def _checkpoint_in(path: Path) -> Path:
     return found.folder
 
 
-COMMANDS: list[Callable[[Any], None]] = [add_inspect_command, add_verify_command, add_export_command]
+# plot
+
+
+def add_plot_command(commands: Any) -> None:
+    """`hf-schedulefree plot RUN [RUN ...] -o PICTURE`."""
+    parser = commands.add_parser(
+        "plot",
+        help="draw the training loss and the evaluation loss at x of one or several runs",
+        description="Draw the training loss and the evaluation loss at x from trainer_state.json, several runs side by "
+        "side in the same colours and axes. Needs matplotlib: pip install 'hf_schedulefree[plot]'.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's output folder (its latest state), or a checkpoint"
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path, default=Path("curves.png"), metavar="FILE", help="the picture: .png, .svg or .pdf"
+    )
+    parser.set_defaults(run=run_plot)
+
+
+def run_plot(arguments: argparse.Namespace) -> int:
+    """Draw, and say where the picture is."""
+    try:
+        picture = plot_runs(arguments.runs, arguments.output)
+    except (ValueError, RuntimeError) as error:  # no such run, no losses, no matplotlib
+        sys.stderr.write(f"hf-schedulefree plot: {error}\n")
+        return _FAILED
+    sys.stdout.write(f"{picture}\n")
+    return 0
+
+
+COMMANDS: list[Callable[[Any], None]] = [
+    add_inspect_command,
+    add_verify_command,
+    add_export_command,
+    add_plot_command,
+]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -49,9 +49,12 @@ def plot_runs(run_dirs: Sequence[str | os.PathLike], output: str | os.PathLike) 
 
     folders = [Path(run_dir) for run_dir in run_dirs]
     histories = [_log_history(folder) for folder in folders]
+    # Where runs of a plain optimizer, which know no x and y, stand beside schedule-free ones, the titles say so.
+    schedule_free = {any("averaging_weight" in entry for entry in history) for history in histories}
+    whose = "schedule-free runs: " if len(schedule_free) > 1 else ""
     panels = [
-        ("Training loss (at y)", [{"": _training_curve(history)} for history in histories]),
-        ("Evaluation loss (at x)", [_evaluation_curves(history) for history in histories]),
+        (f"Training loss ({whose}at y)", [{"": _training_curve(history)} for history in histories]),
+        (f"Evaluation loss ({whose}at x)", [_evaluation_curves(history) for history in histories]),
     ]
     panels = [(title, runs) for title, runs in panels if any(curve for run in runs for curve in run.values())]
     if not panels:

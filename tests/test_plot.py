@@ -11,7 +11,7 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_schedulefree import plotting
+from hf_schedulefree import cli, plotting
 from hf_schedulefree.plotting import plot_runs
 
 
@@ -85,6 +85,18 @@ def test_the_latest_checkpoint_counts_and_a_resumed_step_once(tmp_path, drawn):
     assert len(lines(drawn[1].axes[0])["checkpoint-5"]) == 5
 
 
+def test_beside_a_plain_run_the_titles_say_whose_x_it_is(tmp_path, drawn):
+    plain, schedule_free = write_run(tmp_path / "plain"), write_run(tmp_path / "schedule-free")
+    file = schedule_free / "trainer_state.json"
+    state = json.loads(file.read_text())
+    for entry in state["log_history"]:
+        if "loss" in entry:
+            entry["averaging_weight"] = 1 / entry["step"]
+    file.write_text(json.dumps(state))
+    plot_runs([plain, schedule_free], tmp_path / "curves.png")
+    assert "schedule-free runs: at x" in drawn[0].axes[1].get_title()
+
+
 def test_runs_of_one_name_are_labelled_by_their_folders(tmp_path, drawn):
     plot_runs([write_run(tmp_path / name / "out") for name in ("a", "b")], tmp_path / "curves.png")
     assert sorted(lines(drawn[0].axes[0])) == ["a/out", "b/out"]
@@ -139,3 +151,16 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(RuntimeError, match=r"pip install 'hf_schedulefree\[plot\]'"):
         plotting.plot_runs([run], tmp_path / "curves.png")
+
+
+def test_the_command(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    picture = tmp_path / "curves.png"
+    assert cli.main(["plot", *runs, "-o", str(picture)]) == 0
+    assert capsys.readouterr().out.strip() == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plot", str(tmp_path / "nowhere"), "-o", str(picture)]) == 1
+    said = capsys.readouterr()
+    assert "is no folder" in said.err and said.out == "" and "Traceback" not in said.err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plot"])
+    assert stopped.value.code == 2

@@ -1,8 +1,5 @@
 """TRL's trainers behind `ScheduleFreeMixin`: losses and rollouts at y, evaluation and every file at x."""
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
@@ -10,7 +7,6 @@ from ecosystem import Witness, cpu_arguments, tiny_llama, tiny_llama_config, tin
 from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
-import hf_schedulefree
 from hf_schedulefree import ScheduleFreeMixin
 
 trl = pytest.importorskip("trl")
@@ -395,12 +391,3 @@ def test_what_callbacks_of_trl_sample(tmp_path, monkeypatch):
     trainer.train()
     for step in (2, 4):
         witness.assert_at_x(step, seen[step])
-
-
-def test_the_package_imports_neither_trl_nor_peft():
-    package = Path(hf_schedulefree.__file__).parent
-    for module in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"trl", "peft"}, module
