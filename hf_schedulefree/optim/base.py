@@ -15,6 +15,7 @@ from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
 from hf_schedulefree.optim.precision import Storage
+from hf_schedulefree.optim.precision_step import HalfRow
 
 logger = logging.getLogger(__name__)
 
@@ -400,6 +401,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         )
         numbers = StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group))
         rows: list[kernels.Row] = []
+        half_rows: list[HalfRow] = []
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for position, p in enumerate(group["params"], start=first):
             if p.grad is None:
@@ -411,20 +413,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if storage is None:
                 rows.append((p, state["z"], state.get("exp_avg_sq"), p.grad))
                 continue
-            precision_step.step_(
-                p,
-                p.grad,
-                state,
-                storage,
-                direction=numbers.direction,
-                weight_decay=numbers.weight_decay,
-                lr=lr,
-                beta=numbers.beta,
-                c=c,
-                key=precision.rounding_key(group["rounding_seed"], group["k"], position),
-            )
+            key = precision.rounding_key(group["rounding_seed"], group["k"], position)
+            half_rows.append(HalfRow(p, p.grad, state, storage, key))
         if rows:
             kernels.step_(rows, numbers, self.implementation)
+        if half_rows:
+            precision_step.step_(half_rows, numbers, self.implementation)
         group["k"] += 1
 
     def _is_dry_run(self) -> bool:

@@ -8,7 +8,7 @@ more. Two things help, and this file holds both as pure functions:
 - *stochastic rounding*: a value is rounded up or down with the probability that makes it right on average.
 
 All arithmetic of a step is done in float32, whatever the storage. The random numbers are a function of (seed, step,
-parameter, element) alone, computed in wrapping 64-bit integers: the same on every device and for every sharding, and
+parameter, element) alone, computed in wrapping 32-bit integers: the same on every device and for every sharding, and
 without a draw from any of torch's generators.
 """
 
@@ -28,9 +28,6 @@ STATE_PRECISIONS: tuple[StatePrecision, ...] = ("split", "stochastic", "full", "
 Y_LOW = "y_low"
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-# Which 16 of an element's 64 random bits round which tensor.
-_RANDOM_BITS = {"z": 0, "exp_avg_sq": 16, "y": 32}
 
 
 @dataclass(frozen=True)
@@ -148,14 +145,14 @@ def _half_low_unit(parameter: Tensor) -> Tensor:
 # Stochastic rounding
 
 _MASK64 = 2**64 - 1
-# The finalizer and the increment of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-# generators"; constants of Stafford's variant 13).
-_INCREMENT = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+# Odd numbers that spread the bits of a product; the first two are those of Wellons' "lowbias32" (public domain).
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x2C1B3C6D, 0x297A2D39)
+INDEX_MULTIPLIERS = (0x9E3779B9, 0x85EBCA6B)
 
 
-def rounding_key(seed: int, step: int, parameter: int) -> int:
-    """The key of one parameter's random numbers at one step: 64 bits.
+def rounding_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
+    """The key of one parameter's random numbers at one step: twice 32 bits.
 
     Args:
         seed: of the run.
@@ -163,32 +160,55 @@ def rounding_key(seed: int, step: int, parameter: int) -> int:
         parameter: its position among all parameters of the optimizer.
     """
     key = 0
-    for word in (seed, step, parameter):
-        key = _mix(key + (word & _MASK64) + _INCREMENT & _MASK64)
-    return key
+    for word in (seed, step, parameter):  # SplitMix64 (Steele, Lea, Flood 2014), absorbing a word at a time
+        key = (key + word + 0x9E3779B97F4A7C15) & _MASK64
+        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK64
+        key ^= key >> 31
+    return key & 0xFFFFFFFF, key >> 32
 
 
-def _mix(bits: int) -> int:
-    bits = (bits ^ (bits >> 30)) * _MULTIPLIERS[0] & _MASK64
-    bits = (bits ^ (bits >> 27)) * _MULTIPLIERS[1] & _MASK64
-    return bits ^ (bits >> 31)
+def random_bits(key: tuple[int, int], index: Tensor) -> Tensor:
+    """32 random bits for each element, as int32: a function of the key and the element's global index (int64).
+
+    With i the lower and j the upper half of the index, all in wrapping 32-bit integers:
+
+        h = i m_0 + j m_1 + key_0;   h = (h ^ h >> 16) M_0;   h = (h ^ h >> 15 ^ key_1) M_1;   h = h ^ h >> 16
+    """
+    first, second = map(_signed, INDEX_MULTIPLIERS)
+    upper = (index >> 32).to(torch.int32)
+    bits = index.to(torch.int32).mul_(first).add_(upper.mul_(second)).add_(_signed(key[0]))
+    bits = bits.bitwise_xor_(_shifted(bits, 16)).mul_(_signed(MULTIPLIERS[0]))
+    bits = bits.bitwise_xor_(_shifted(bits, 15)).bitwise_xor_(_signed(key[1])).mul_(_signed(MULTIPLIERS[1]))
+    return bits.bitwise_xor_(_shifted(bits, 16))
 
 
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
-def random_bits(key: int, index: Tensor) -> Tensor:
-    """64 random bits for each element, as int64: a function of the key and the element's global index (int64)."""
-    bits = (index * _signed(_INCREMENT)).add_(_signed((key + _INCREMENT) & _MASK64))
-    bits = bits.bitwise_xor_((bits >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_MULTIPLIERS[0]))
-    bits = bits.bitwise_xor_((bits >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_MULTIPLIERS[1]))
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
+def first_hash(key: tuple[int, int], index: int) -> int:
+    """The h that `random_bits` begins with, for one element."""
+    lower, upper = INDEX_MULTIPLIERS
+    return ((index & 0xFFFFFFFF) * lower + (index >> 32) * upper + key[0]) & 0xFFFFFFFF
 
 
 def bits_for(name: str, bits: Tensor) -> Tensor:
-    """The 16 of an element's random bits that round the tensor `name`: int32 in [0, 2^16)."""
-    return (bits >> _RANDOM_BITS[name]).bitwise_and_(0xFFFF).to(torch.int32)
+    """The 16 random bits that round the tensor `name`: int32 in [0, 2^16), from an element's `random_bits`.
+
+    z takes the lower half, the moments the upper, and y the upper half of one more round.
+    """
+    if name == "z":
+        return bits & 0xFFFF
+    if name == "y":
+        bits = bits * _signed(MULTIPLIERS[2])
+        bits = bits.bitwise_xor_(_shifted(bits, 15)).mul_(_signed(MULTIPLIERS[3]))
+    return _shifted(bits, 16)
+
+
+def _signed(bits: int) -> int:
+    return bits - 2**32 if bits >= 2**31 else bits
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """An unsigned shift to the right."""
+    return (bits >> by).bitwise_and_(2 ** (32 - by) - 1)
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:

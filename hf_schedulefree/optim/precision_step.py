@@ -1,68 +1,102 @@
-"""One step for a half-precision parameter: y, z, v to float32, the update that all share, and back to storage."""
+"""The step for half-precision parameters: y, z, v to float32, the update that all share, and back to storage."""
 
-from collections.abc import Iterator
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, directions, precision, sharding
-from hf_schedulefree.optim.directions import Direction
-from hf_schedulefree.optim.precision import Storage
+from hf_schedulefree.optim import precision, sharding
+from hf_schedulefree.optim.kernels import Implementation, torch_ops
+from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.precision import Y_LOW, Storage
 
 # Elements that are in float32 at a time: small enough for the caches of a CPU, large enough to fill a GPU.
 _SLICE_ELEMENTS = {"cpu": 2**17}
 _SLICE_ELEMENTS_ON_DEVICE = 2**24
 
 
-def step_(
-    p: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    storage: Storage,
-    *,
-    direction: Direction,
-    weight_decay: float,
-    lr: float,
-    beta: float,
-    c: float,
-    key: int,
-) -> None:
-    """One schedule-free step in place, from y_t (in `p`), z_t and v_t to those of t + 1.
+class HalfRow(NamedTuple):
+    """One parameter at one step.
 
     Args:
-        p: the parameter, bfloat16 or float16, of any strides; of a `DTensor`, each process's shard makes its step.
-        grad: the gradient, in the shape of `p`; it is not changed.
+        p: y, bfloat16 or float16, of any strides; of a `DTensor`, each process steps its shard.
+        grad: in the shape of `p`; it is not changed.
         state: `z`, and what `storage` and the direction need of `y_low` and `exp_avg_sq`.
         storage: how these are kept.
-        direction: the base optimizer's numbers.
-        weight_decay: taken at y.
-        lr: the step's rate.
-        beta: the interpolation factor between z and x.
-        c: the weight of z_{t+1} in x_{t+1}.
         key: of the random numbers, from `precision.rounding_key`.
     """
-    names = [
-        "z",
-        *([precision.Y_LOW] if storage.low_bits else []),
-        *(["exp_avg_sq"] if direction.beta2 is not None else []),
+
+    p: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    storage: Storage
+    key: tuple[int, int]
+
+
+def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Implementation | None = None) -> None:
+    """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1.
+
+    In one pass over memory where numba is installed and the tensors allow (bfloat16 on CPU), unless `implementation`
+    is "for-loop" or "foreach"; else slice by slice with torch's operations, which round with the same random numbers.
+    """
+    kernel = _compiled_step() if implementation in (None, "fused") else None
+    dense: dict[Storage, list[tuple]] = {}
+    for row in rows:
+        tensors = _dense(row, numbers) if kernel is not None else None
+        if tensors is None:
+            _step_in_slices(row, numbers)
+        else:
+            dense.setdefault(row.storage, []).append(tensors)
+    for same_storage in dense.values():
+        kernel(same_storage, numbers)
+
+
+@functools.cache
+def _compiled_step() -> Callable | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("hf_schedulefree.optim.kernels.one_pass_half_cpu").step_
+
+
+def _dense(row: HalfRow, numbers: StepNumbers) -> tuple | None:
+    """(y, y_low, z, v, grad, index of the first element, key) if the compiled step can take them; else None."""
+    p = sharding.local(row.p)
+    if p.device.type != "cpu" or p.dtype != torch.bfloat16:
+        return None
+    v = row.state["exp_avg_sq"] if numbers.direction.beta2 is not None else None
+    tensors = [
+        None if tensor is None else sharding.local(tensor)
+        for tensor in (row.p, row.state.get(Y_LOW), row.state["z"], v, row.grad)
     ]
+    if not all(t.is_contiguous() and t.device == p.device for t in tensors if t is not None):
+        return None
+    first = sharding.first_index(row.p)
+    if tensors[-1].dtype != p.dtype or first is None or first >> 32 != (first + p.numel()) >> 32:
+        return None
+    return (*tensors, first, row.key)
+
+
+def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:
+    p, grad, state, storage, key = row
+    uses_v = numbers.direction.beta2 is not None
+    names = ["z", *([Y_LOW] if storage.low_bits else []), *(["exp_avg_sq"] if uses_v else [])]
     for part, index in _slices({"p": p, "grad": grad, **{name: state[name] for name in names}}, p):
-        y = precision.join(part["p"], part[precision.Y_LOW]) if storage.low_bits else part["p"].float()
-        z, g = part["z"].float(), part["grad"].float()
-        v = [part["exp_avg_sq"].float()] if direction.beta2 is not None else []
-        (d,) = directions.compute(direction, [g], v)
-        if weight_decay != 0:
-            d = d.add(y, alpha=weight_decay)
-        averaging.update_([y], [z], [d], lr=lr, beta=beta, c=c)
+        y = precision.join(part["p"], part[Y_LOW]) if storage.low_bits else part["p"].float()
+        z, v = part["z"].float(), [part["exp_avg_sq"].float()] if uses_v else []
+        torch_ops.foreach_([y], [z], v, [part["grad"].float()], numbers)
         bits = precision.random_bits(key, index) if storage.is_random else None
         if storage.low_bits:
             high, low = precision.split(y, p.dtype)
             part["p"].copy_(high)
-            part[precision.Y_LOW].copy_(low)
+            part[Y_LOW].copy_(low)
         else:
             _store(part["p"], y, "y", bits)
         _store(part["z"], z, "z", bits)
-        if v:
+        if uses_v:
             _store(part["exp_avg_sq"], v[0], "exp_avg_sq", bits)
 
 

@@ -1,6 +1,7 @@
 """Parameters of which each process holds one shard (`DTensor`: FSDP2, tensor parallelism). Needs torch only."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +26,32 @@ def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
     return flag
 
 
+def first_index(parameter: Tensor) -> int | None:
+    """The position, in the whole parameter in row-major order, of the first element of this process's shard.
+
+    None if the shard's elements do not follow each other there.
+    """
+    if not is_sharded(parameter):
+        return 0
+    shape, offset = _placed(parameter)
+    if any(size != whole for size, whole in zip(shape[1:], parameter.shape[1:], strict=True)):
+        return None
+    return offset[0] * math.prod(shape[1:]) if shape else 0
+
+
+def _placed(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Shape and global offset of this process's shard."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+
+
 def global_index(parameter: Tensor, start: int, stop: int) -> Tensor:
     """The positions, in the whole parameter in row-major order, of elements start..stop of this process's shard."""
     index = torch.arange(start, stop, device=local(parameter).device)
     if not is_sharded(parameter):
         return index
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = _placed(parameter)
     position = torch.zeros_like(index)
     stride = 1
     for size, local_size, first in reversed(list(zip(parameter.shape, shape, offset, strict=True))):
