@@ -250,6 +250,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
+        state_dict["state"] = {i: conversion.gatherable(state) for i, state in state_dict["state"].items()}
         return state_dict
 
     @torch.no_grad()

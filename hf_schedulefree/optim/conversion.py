@@ -21,6 +21,14 @@ def undo_casts(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) 
                 optimizer.state[p][name] = saved.to(device=p.device)
 
 
+def gatherable(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter as it is saved: of a `DTensor`, `y_low` as int32, as no collective takes int16."""
+    low = state.get(Y_LOW)
+    if low is None or not sharding.is_sharded(low):
+        return state
+    return {**state, Y_LOW: low.to(torch.int32)}
+
+
 def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> list[str]:
     """Bring the state of one parameter into `storage`: tensors are replaced, never written to.
 
@@ -30,6 +38,8 @@ def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> lis
         What was changed, in words.
     """
     changes = []
+    if Y_LOW in state and state[Y_LOW].dtype != torch.int16:  # saved by `gatherable`
+        state[Y_LOW] = state[Y_LOW].to(torch.int16)
     has_low, keeps_low = Y_LOW in state, storage is not None and storage.low_bits
     parked = precision.wide(state["y"], state) if "y" in state and state["y"].dtype != p.dtype else None
     if has_low and not keeps_low:
