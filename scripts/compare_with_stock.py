@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
-    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -224,14 +223,13 @@ def perturbation(side: Side, steps: int, dtype: torch.dtype) -> str:
 
 
 def best_model(side: Side, steps: int) -> tuple[str, str]:
-    """Stop early, load the best model, evaluate: how far its weights move, and the loss before and after."""
+    """Stop between two evaluations, load the best model, evaluate: how far its weights move, and its loss."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             side,
             folder,
-            callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
             learning_rate=5e-2,
-            max_steps=steps,
+            max_steps=steps - 5,
             eval_strategy="steps",
             eval_steps=10,
             save_strategy="steps",
