@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Fine-tune a causal language model, or train a small one from scratch, with schedule-free AdamW.
 
 With no arguments it trains a small Llama-style model on text that every Python carries: the standard library's sources.
