@@ -38,3 +38,15 @@ make_venv() {
     .venv/bin/python -m pip install -c constraints.txt -e ".[$extra]"
     touch "$stamp"
 }
+
+# DeepSpeed on CPU, for the tests of its engines: no compiled operators, and none of the CUDA packages that pip's resolver
+# could choose for it. It is a source package whose build imports torch, hence no isolation.
+install_deepspeed() {
+    local stamp=.venv/.installed-deepspeed
+    if [[ -f $stamp && $stamp -nt constraints.txt ]]; then
+        return 0
+    fi
+    .venv/bin/python -m pip install -c constraints.txt setuptools einops hjson msgpack py-cpuinfo pydantic
+    DS_BUILD_OPS=0 .venv/bin/python -m pip install -c constraints.txt --no-deps --no-build-isolation deepspeed
+    touch "$stamp"
+}

@@ -23,6 +23,10 @@ class EngineRow:
     def arguments(self, **options):
         return TrainingArguments(**options, **self.options)
 
+    def refused(self):
+        """Changes to the arguments that must be refused -> a word that the message must have."""
+        return []
+
     def model(self, config, folder):
         return LlamaForCausalLM(config)
 
@@ -36,12 +40,18 @@ class Fsdp2Row(EngineRow):
 
     def arguments(self, **options):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
-        args = TrainingArguments(**options, **self.options)
+        args = TrainingArguments(**{**self.options, **options})
         # accelerate knows FSDP on accelerator devices only: let it take these CPU processes for such.
         state = PartialState._shared_state
         if state["distributed_type"] == DistributedType.MULTI_CPU:
             state["distributed_type"] = DistributedType.MULTI_GPU
         return args
+
+    def refused(self):
+        return [
+            ({"fsdp_config": {"version": 1}}, "FSDP2"),
+            ({"fsdp_config": {"version": 2, "cpu_offload": True}}, "CPU offload"),
+        ]
 
 
 @dataclass
@@ -86,14 +96,24 @@ class ZeroRow(EngineRow):
             "gradient_clipping": "auto",
             "bf16": {"enabled": self.bf16},
             "zero_optimization": {"stage": self.stage},
+            **options.pop("deepspeed", {}),
         }
-        if self.stage == 3:
+        if config["zero_optimization"]["stage"] == 3:
             config["zero_optimization"] |= {
                 "sub_group_size": self.sub_group_size,
                 "stage3_gather_16bit_weights_on_model_save": True,
                 "stage3_param_persistence_threshold": 100,
             }
         return TrainingArguments(**options, deepspeed=config, bf16=self.bf16, **self.options)
+
+    def refused(self):
+        offload = {"stage": self.stage, "offload_optimizer": {"device": "cpu"}}
+        return [
+            ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}, "'optimizer' section"),
+            ({"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {}}}}, "'scheduler' section"),
+            ({"deepspeed": {"zero_optimization": offload}}, "offload_optimizer"),
+            ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "stage 0"),
+        ]
 
 
 def fsdp2(state_dict_type):

@@ -253,7 +253,20 @@ def best(lab):
     trainer.save_model(str(lab.folder / "best_saved"))
 
 
-PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere)}
+def refusals(lab):
+    """What this engine cannot do is refused when the Trainer is built."""
+    messages = []
+    for options, _ in lab.engine.refused():
+        try:
+            lab.trainer("refused", **options)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("")
+    lab.keep("refusals", messages)
+
+
+PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals)}
 
 
 def main():

@@ -25,8 +25,8 @@ from engines import ENGINES  # noqa: E402
 from run import STEPS, Sentences  # noqa: E402
 
 ROOT = HERE.parent.parent
-TIMEOUT = 300
-PARTS = ("trajectory", "readers", "resume", "best")
+TIMEOUT = 600
+PARTS = ("trajectory", "readers", "resume", "best", "refusals")
 MATRIX = [name for name in ENGINES if name != "single"]
 
 pytestmark = pytest.mark.distributed
@@ -197,6 +197,13 @@ def test_resume(engine, runs):
 def test_no_perturbation(engine, runs):
     for result in runs(engine).ranks:
         assert result["quiet"] == result["busy"] == result["after_readers"] == result["after_saving"]
+
+
+@pytest.mark.parametrize("engine", [name for name in MATRIX if ENGINES[name].refused()])
+def test_refused_at_the_start(engine, runs):
+    run = runs(engine)
+    for (options, words), message in zip(run.row.refused(), run.ranks[0]["refusals"], strict=True):
+        assert words in message, options
 
 
 @pytest.mark.parametrize("engine", [name for name in MATRIX if ENGINES[name].resumes_elsewhere])
