@@ -1,4 +1,4 @@
-"""What is refused when a Trainer is built, without starting processes; tests/distributed does so in the real engines."""
+"""What is refused when a Trainer is built, without starting processes; tests/distributed does so in real engines."""
 
 from types import SimpleNamespace
 

@@ -220,8 +220,9 @@ class EngineSwitch(WeightSwitch):
         super().__init__(switch.optimizer)
         self.inner = switch
         self.engine = engine
-        self.shows_x_alone = engine.shows_x_alone
-        self.shows_y_alone = engine.shows_y_alone
+        only_process = not distributed.is_initialized() or distributed.get_world_size() == 1
+        self.shows_x_alone = engine.shows_x_alone or only_process
+        self.shows_y_alone = engine.shows_y_alone or only_process
 
     @property
     def mode(self) -> Literal["train", "eval"]:

@@ -73,6 +73,7 @@ class Lab:
             learning_rate=0.03,
             warmup_steps=3,
             weight_decay=0.1,
+            adam_epsilon=1e-4,  # with less, gradients near zero turn rounding into steps of full length
             max_grad_norm=0.5,
             max_steps=STEPS,
             per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
