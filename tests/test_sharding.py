@@ -226,3 +226,29 @@ def test_sharded_parameters_step_switch_and_notice_other_weights(process_group):
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert optimizer.weights_replaced()
+
+
+def test_a_step_that_the_gradient_scaler_skips_leaves_no_trace():
+    whole, scaled = model_and_optimizer(), model_and_optimizer()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _, optimizer in (whole, scaled):
+        optimizer.train()
+    for step in range(4):
+        for model, optimizer in (whole, scaled):
+            torch.manual_seed(step)
+            loss = model(torch.randn(5, 4)).square().mean()
+            if model is whole[0]:
+                loss.backward()
+                optimizer.step()
+            else:
+                if step == 2:  # an overflow, after which the same batch comes again
+                    scaler.scale(loss * float("inf")).backward(retain_graph=True)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    assert [group["k"] for group in scaled[1].param_groups] == [4]
+    assert all(torch.equal(p, q) for p, q in zip(whole[0].parameters(), scaled[0].parameters(), strict=True))
