@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_schedulefree import registry, weights
 from hf_schedulefree.checkpoint import commit, files, verify
-from hf_schedulefree.checkpoint.record import CheckpointError, CheckpointFacts, files_in
+from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, files_in
 from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.stored import stored_beta
 
@@ -254,6 +254,14 @@ class CheckpointMixin:
             self._switch.restart()
             logger.info(f"A fresh optimizer goes on from the weights in {folder}: x = y = z.")
         return None
+
+    def _load_best_model(self) -> None:
+        # A bit that was flipped on disk since the save would be published.
+        if self._switch is not None:
+            best = Path(self.state.best_model_checkpoint)
+            if (best / RECORD_NAME).exists():
+                self._chosen_by_main(lambda: verify.verify_checkpoint(best))
+        super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed after its last step has nothing to do; the Trainer would take one step more.

@@ -92,3 +92,15 @@ def test_as_a_module(finished):
     command = [sys.executable, "-m", "hf_schedulefree", "verify", str(finished[0]), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
     assert done.returncode == 0 and json.loads(done.stdout)["complete"] is True
+
+
+def test_a_saved_model_is_inspected_too(finished, tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path / "run", save_strategy="no", max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    capsys.readouterr()
+    content = json.loads(answer(capsys, "inspect", tmp_path / "model", "--json")[1])
+    assert (content["weights"], content["step"], content["complete"], content["distance"]) == ("x", 1, True, None)
+    os.truncate(tmp_path / "model/model.safetensors", 5000)
+    status, _, err = answer(capsys, "inspect", tmp_path / "model")
+    assert status == 1 and "model.safetensors has 5000 bytes" in err

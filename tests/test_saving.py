@@ -356,3 +356,23 @@ def test_a_push_reads_the_checkpoint_in_its_final_place(tmp_path, monkeypatch):
     trainer.train()
     assert uploads[0::2] == [("run", False, "x")] * 3
     assert uploads[1::2] == [(f"checkpoint-{step}", step, "x") for step in (2, 4, 6)]
+
+
+def test_a_best_model_that_was_altered_is_not_loaded(tmp_path):
+    class Alter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                path = Path(state.best_model_checkpoint) / "model.safetensors"
+                content = path.read_bytes()
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    trainer = tiny_trainer(
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        more={"eval_dataset": [{"input_ids": torch.arange(8), "labels": torch.arange(8)}], "callbacks": [Alter()]},
+    )
+    with pytest.raises(ValueError, match=r"model.safetensors is altered"):
+        trainer.train()

@@ -45,7 +45,7 @@ class Contents:
     Attributes:
         weights: "x", "y", or None if nothing tells.
         reason: how that is known.
-        complete: whether the checkpoint is whole; None for a lone weight file.
+        complete: whether the checkpoint (or the saved model) is whole; None for a lone weight file.
         distance: |x - y| / |y| over all trained parameters; None if it cannot be known from what is there.
     """
 
@@ -160,12 +160,14 @@ def inspect_weights(path: str | os.PathLike[str], *, progress: Progress | None =
     """
     path = Path(path)
     complete, problem = None, None
-    if path.is_dir():
+    source = _Source(path)
+    if path.is_dir() and (source.record is not None or source.has_optimizer or _is_checkpoint(path)):
         try:
             complete = verify_checkpoint(path).folder is not None
         except CheckpointError as error:
             complete, problem = False, str(error)
-    source = _Source(path)
+    elif path.is_dir():
+        complete = True  # a saved model: its weight files have just been opened, and there is nothing else to miss
     weights, reason = source.shown()
     contents = Contents(
         path,
@@ -181,6 +183,11 @@ def inspect_weights(path: str | os.PathLike[str], *, progress: Progress | None =
     if source.stored:
         contents.distance = _distance(source, progress)
     return contents
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one to resume from, not a saved model."""
+    return any((path / name).exists() for name in (RECORD_NAME, names.TRAINER_STATE, names.OPTIMIZER_FILE))
 
 
 def _distance(source: _Source, progress: Progress | None) -> float:

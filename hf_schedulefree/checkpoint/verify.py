@@ -115,8 +115,9 @@ def _verify_stock(folder: Path) -> VerifiedCheckpoint:
         groups = load_pickled(folder / names.OPTIMIZER_FILE).get("param_groups") or [{}]
         optimizer_step = groups[0].get("k")
     if (folder / names.SCHEDULER_FILE).exists():
-        scheduler_step = load_pickled(folder / names.SCHEDULER_FILE).get("last_epoch")
-        # Both advance with every step that was not skipped.
+        scheduler = load_pickled(folder / names.SCHEDULER_FILE)
+        # Both advance with every step that was not skipped; a scheduler that follows a metric counts otherwise.
+        scheduler_step = scheduler.get("last_epoch") if "lr_lambdas" in scheduler else None
         if optimizer_step is not None and scheduler_step not in (None, optimizer_step):
             raise CheckpointError(
                 f"{names.OPTIMIZER_FILE} is that of step {optimizer_step}, {names.SCHEDULER_FILE} that of step "
