@@ -209,6 +209,56 @@ def test_no_temporaries(step, kind, weight_decay):
         assert allocated(torch_ops.foreach_, *groups, numbers_for("adam")) > 1_000_000  # the measurement measures
 
 
+# The switch
+
+
+@needs_numba
+@pytest.mark.parametrize("beta", [0.9, 0.98, 0.3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_one_pass_switch_gives_the_bits_of_averaging(dtype, beta):
+    switch = kernels.switch_kernel()
+    y, z, _, p = tensors([*SHAPES, (300_001,)], dtype)
+    y[0][0, :4] = torch.tensor([0.0, float("nan"), float("inf"), 1e-40])
+    wanted = [averaging.x_from_y(a, b, beta) for a, b in zip(y, z, strict=True)]
+    assert not switch.holds_x(p, y, z, beta)
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            switch.show_x_(p, y, z, beta)
+            assert switch.holds_x(p, y, z, beta)
+        finally:
+            torch.set_num_threads(before)
+        for a, b in zip(p, wanted, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    for index in (0, 5, 300_000):  # one unit in the last place, anywhere
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p[-1].element_size()]
+        p[-1].view(whole)[index] += 1
+        assert not switch.holds_x(p, y, z, beta)
+        p[-1].view(whole)[index] -= 1
+    assert switch.holds_x(p, y, z, beta)
+    zero = torch.zeros(3, dtype=dtype)
+    assert switch.holds_x([zero], [zero], [zero], beta) and not switch.holds_x([-zero], [zero], [zero], beta)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_both_ways_of_switching_agree(dtype):
+    shown = []
+    for implementation in ("for-loop", None):
+        params = [nn.Parameter(t) for t in tensors(SHAPES, dtype)[0]]
+        optimizer = AdamWScheduleFree(params, lr=0.01, implementation="for-loop")
+        optimizer.train()
+        for seed in range(5):
+            for p, g in zip(params, tensors(SHAPES, dtype, seed)[3], strict=True):
+                p.grad = g
+            optimizer.step()
+        optimizer.implementation = implementation
+        optimizer.eval()
+        assert not optimizer.weights_replaced()
+        shown.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*shown, strict=True))
+
+
 # Which implementation runs
 
 

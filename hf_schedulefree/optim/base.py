@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, conversion, kernels, precision, precision_step, sharding
+from hf_schedulefree.optim import averaging, conversion, kernels, precision, precision_step, sharding, switching
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
@@ -147,10 +147,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if group["train_mode"] is False:
                 continue
             group["train_mode"] = None
-            for p, state in self._started(group):
+            started = list(self._started(group))
+            for p, state in started:
                 if "y" not in state:
                     state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                sharding.local(p).copy_(self._x(group, state))
+            switching.show_x(started, self._beta(group), one_pass=self._one_pass)
             group["parked_k"] = group["k"]
             group["train_mode"] = False
 
@@ -195,16 +196,18 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if not groups:
             return False
         replaced = any(
-            not averaging.same_bits(sharding.local(p), self._x(group, state))
+            not switching.holds_x(
+                ((p, state) for p, state in self._started(group) if "y" in state),
+                self._beta(group),
+                one_pass=self._one_pass,
+            )
             for group in groups
-            for p, state in self._started(group)
-            if "y" in state
         )
         return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
 
-    def _x(self, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor:
-        """x as the parameter shows it, from the parked y and z; of a `DTensor`, this process's shard."""
-        return precision.rounded_x(state, self._beta(group))
+    @property
+    def _one_pass(self) -> bool:
+        return self.implementation in ("fused", None)
 
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""

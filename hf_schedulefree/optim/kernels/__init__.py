@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ Row = tuple[Tensor, Tensor, Tensor | None, Tensor]
 _CHUNK_ELEMENTS = 2**22
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-_ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -52,13 +53,13 @@ def step_(rows: Sequence[Row], numbers: StepNumbers, implementation: Implementat
 def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
     buckets: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
     for row in rows:
-        local = _dense(row)
+        local = dense(row)
         if local is None:
             torch_ops.foreach_(*_columns([row]), numbers)
         else:
             buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
-        kernel = one_pass_kernel(device.type) if dtype in _ONE_PASS_DTYPES else None
+        kernel = one_pass_kernel(device.type) if dtype in ONE_PASS_DTYPES else None
         if kernel is not None:
             kernel(*_columns(bucket), numbers)
         elif dtype in _FUSED_DTYPES:
@@ -76,7 +77,12 @@ def one_pass_kernel(device_type: str) -> Callable | None:
     return importlib.import_module(f"{__name__}.one_pass_cpu").step_
 
 
-def _dense(row: Row) -> Row | None:
+def switch_kernel() -> ModuleType | None:
+    """The module with the one-pass switch on CPU; None where numba is not installed."""
+    return importlib.import_module(f"{__name__}.switch_cpu") if one_pass_kernel("cpu") is not None else None
+
+
+def dense(row: Row) -> Row | None:
     """The tensors of a row (of `DTensor`s, the local shards) if all are contiguous and alike; else None."""
     y, z, v, grad = row
     if type(y) not in _PLAIN_TENSORS:
