@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_schedulefree.checkpoint import CheckpointError, export_averaged, inspect_weights, read_header
+from hf_schedulefree.checkpoint import CheckpointError, export_averaged, inspect_weights, read_header, verify_checkpoint
 
 BETA = 0.9
 
@@ -251,16 +251,37 @@ def test_fsdp(stock, tmp_path, kind):
     assert_rounded(dict(model.state_dict()), x_in_float64(trainer.model, trainer.optimizer))
 
 
-def test_metadata_of_a_sharded_checkpoint_runs_no_code(stock, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (shutil.rmtree, (str(tmp_path / "victim"),))
+class Attack:
+    """Unpickled, it removes a folder."""
 
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return (shutil.rmtree, (str(self.victim),))
+
+
+def test_values_of_a_sharded_optimizer_run_no_code(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/trainer_state.json").write_text('{"global_step": 6}')
+    dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=tmp_path / "in/pytorch_model_fsdp_0", no_dist=True)
+    groups = [{"params": ["weight"], "k": Attack(tmp_path / "victim")}]
+    state = {"optimizer": {"state": {"weight": {"z": torch.ones(2)}}, "param_groups": groups}}
+    dcp.save(state, checkpoint_id=tmp_path / "in/optimizer_0", no_dist=True)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        verify_checkpoint(tmp_path / "in")
+    assert (tmp_path / "victim").is_dir()
+
+
+def test_metadata_of_a_sharded_checkpoint_runs_no_code(stock, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "in/pytorch_model_fsdp_0").mkdir(parents=True)
-    (tmp_path / "in/pytorch_model_fsdp_0/.metadata").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointError, match=r"\.metadata asks for shutil"):
-        inspect_weights(tmp_path / "in")
+    (tmp_path / "in/pytorch_model_fsdp_0/.metadata").write_bytes(pickle.dumps(Attack(tmp_path / "victim")))
+    (tmp_path / "in/trainer_state.json").write_text('{"global_step": 6}')
+    for read in (inspect_weights, verify_checkpoint):
+        with pytest.raises(CheckpointError, match=r"\.metadata asks for shutil"):
+            read(tmp_path / "in")
     assert (tmp_path / "victim").is_dir()
 
 

@@ -72,8 +72,11 @@ def verify_checkpoint(folder: str | os.PathLike[str], *, checksums: bool = True)
         raise CheckpointError(f"{folder} does not exist" if not folder.exists() else f"{folder} is no folder")
     record = read_record(folder)
     if record is None:
-        return _verify_stock(folder)
+        verified = _verify_stock(folder)
+        _verify_pickles(folder)
+        return verified
     _verify_recorded(folder, record, checksums)
+    _verify_pickles(folder)
     return VerifiedCheckpoint(folder, record.step, record.optimizer, record, _has_optimizer_state(folder))
 
 
@@ -135,6 +138,16 @@ def _verify_stock(folder: Path) -> VerifiedCheckpoint:
         if path.exists():
             _check_archive(path)
     return VerifiedCheckpoint(folder, step, None, None, _has_optimizer_state(folder))
+
+
+def _verify_pickles(folder: Path) -> None:
+    """That sharded folders hold nothing but data: torch, which is to load them, unpickles whatever is there."""
+    from hf_schedulefree.checkpoint import sharded  # it reads through this module
+
+    if (folder / names.FSDP_MODEL_FOLDER / ".metadata").is_file():
+        sharded.read_metadata(folder / names.FSDP_MODEL_FOLDER)
+    if (folder / names.FSDP_OPTIMIZER_FOLDER / ".metadata").is_file():
+        sharded.open_sharded_optimizer(folder / names.FSDP_OPTIMIZER_FOLDER)
 
 
 def _verify_weights(folder: Path) -> None:
