@@ -3,6 +3,9 @@
 import importlib.util
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,6 +308,37 @@ def test_torch_is_taken_where_numba_is_missing(without_numba, calls, implementat
     assert calls == [("torch fused", len(SHAPES))]
     kernels.step_(rows_of(tensors(SHAPES, torch.bfloat16)), numbers_for("adam"), implementation)
     assert calls[1:] == [("foreach", len(SHAPES))]
+
+
+def test_a_broken_numba_counts_as_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object())
+    for name in [name for name in sys.modules if name.startswith(f"{kernels.__name__}.one_pass")]:
+        monkeypatch.delitem(sys.modules, name)
+    kernels.one_pass_kernel.cache_clear()
+    try:
+        assert kernels.one_pass_kernel("cpu") is None
+    finally:
+        kernels.one_pass_kernel.cache_clear()
+
+
+@needs_numba
+def test_compiles_where_no_cache_can_be_written(tmp_path):
+    """A copy of the package in a folder that nobody may write to, and no home: one step in a fresh process."""
+    code = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"  # as on a read-only file system
+        "import torch\n"
+        "from hf_schedulefree.optim import SGDScheduleFree, kernels\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "optimizer = SGDScheduleFree([p], lr=0.5)\n"
+        "optimizer.train(); optimizer.step()\n"
+        "assert kernels.one_pass_kernel('cpu') is not None\n"
+        "print(p[0].item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "0.5"
 
 
 def test_other_devices_take_torchs_operations():

@@ -74,7 +74,10 @@ def one_pass_kernel(device_type: str) -> Callable | None:
     """The compiled one-pass step for a kind of device; None where there is none, or numba is not installed."""
     if device_type != "cpu" or importlib.util.find_spec("numba") is None:
         return None
-    return importlib.import_module(f"{__name__}.one_pass_cpu").step_
+    try:
+        return importlib.import_module(f"{__name__}.one_pass_cpu").step_
+    except ImportError:  # a numba that does not go with the installed numpy
+        return None
 
 
 def switch_kernel() -> ModuleType | None:

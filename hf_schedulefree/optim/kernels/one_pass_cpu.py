@@ -35,7 +35,11 @@ def _pointer(typing_context, address):
 
 
 def _compiled(function: Callable) -> Callable:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to write the cache to: compiled anew in each process
+        return njit(**options)(function)
 
 
 @njit(inline="always")
