@@ -15,6 +15,7 @@ from transformers.utils import logging
 from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.checkpoint import describe_weight_files
+from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
 from hf_schedulefree.saving import CheckpointMixin
@@ -23,9 +24,6 @@ logger = logging.get_logger(__name__)
 
 # The callback events that read the model as a result: they see x. During `train()` all others see y.
 EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_save", "on_push_begin", "on_train_end"})
-
-# In a checkpoint: what training needs to go on from y, where the optimizer's state does not hold it all.
-EXTRA_STATE_NAME = "schedule_free_state.pt"
 
 # Schedulers that leave the rate alone after the warm-up; "linear" is the Trainer's default and counts as unset.
 _CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
@@ -209,7 +207,7 @@ class ScheduleFreeMixin(CheckpointMixin):
             for callback in self._batch_norm_callbacks:
                 extra.update(callback.extra_state())
             if extra:
-                torch.save(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
+                torch.save(extra, os.path.join(output_dir, EXTRA_STATE_FILE))
 
     def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
@@ -225,7 +223,7 @@ class ScheduleFreeMixin(CheckpointMixin):
             self.lr_scheduler.load_state_dict(schedule)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
-        extra_file = os.path.join(checkpoint, EXTRA_STATE_NAME)
+        extra_file = os.path.join(checkpoint, EXTRA_STATE_FILE)
         if os.path.isfile(extra_file) and not self._fresh_optimizer:
             extra = torch.load(extra_file, map_location="cpu", weights_only=True)
             for owner in (self._switch, *self._batch_norm_callbacks):

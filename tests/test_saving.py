@@ -376,3 +376,19 @@ def test_a_best_model_that_was_altered_is_not_loaded(tmp_path):
     )
     with pytest.raises(ValueError, match=r"model.safetensors is altered"):
         trainer.train()
+
+
+def test_rotation_never_removes_the_newest_committed_one(run):
+    """Also where folders of later steps lie beside it that no save has finished."""
+    for step in (8, 9):
+        (run / f"checkpoint-{step}").mkdir()
+        (run / f"checkpoint-{step}/optimizer.pt").write_bytes(b"torn")
+    removed = [path.name for path in commit.remove_old_checkpoints(run, 1, [None])]
+    assert removed == ["checkpoint-8", "checkpoint-9", "checkpoint-2", "checkpoint-4"]
+    assert folders(run) == ["checkpoint-6"] and latest_committed(run) == str(run / "checkpoint-6")
+
+
+def test_rotation_keeps_what_it_is_told_to(run):
+    assert [path.name for path in commit.remove_old_checkpoints(run, 1, [run / "checkpoint-2"])] == ["checkpoint-4"]
+    assert list(commit.remove_old_checkpoints(run, None, [])) == []
+    assert folders(run) == ["checkpoint-2", "checkpoint-6"]

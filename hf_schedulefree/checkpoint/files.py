@@ -27,6 +27,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULER_FILE = "scheduler.pt"
 TRAINER_STATE = "trainer_state.json"
 SCALER_FILE = "scaler.pt"
+# What training needs to go on from y, where the state of the optimizer does not hold it all.
 EXTRA_STATE_FILE = "schedule_free_state.pt"
 FSDP_MODEL_FILE = "pytorch_model_fsdp.bin"
 FSDP_MODEL_FOLDER = "pytorch_model_fsdp_0"
