@@ -231,10 +231,12 @@ class CheckpointMixin:
             raise CheckpointError(f"Cannot resume from {folder}: {error}. {_newest_beside(folder)}") from error
         return found
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # The Trainer skips an optimizer state that is missing, and loads that of any other optimizer.
-        if checkpoint is None or self._switch is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+    def _loads_optimizer(self, checkpoint: str) -> bool:
+        """Whether the optimizer state in a checkpoint is to be loaded; False only for a fresh optimizer.
+
+        Raises:
+            CheckpointError: it is missing, or that of another optimizer, which the Trainer would load or skip silently.
+        """
         folder = Path(checkpoint)
         if self._resumed is None:  # a Trainer whose own create_optimizer made a schedule-free one
             self._resumed = self._chosen_by_main(lambda: self._choose_checkpoint(checkpoint))
@@ -247,13 +249,12 @@ class CheckpointMixin:
                 f"{optimizer_class}. Use the same optimizer, or start a new one from the weights by "
                 "train(..., fresh_optimizer=True)."
             )
-        if fits and self._resumed.has_optimizer_state:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if self._fresh_optimizer:
-            self._switch.show_x()
-            self._switch.restart()
-            logger.info(f"A fresh optimizer goes on from the weights in {folder}: x = y = z.")
-        return None
+        return fits and self._resumed.has_optimizer_state
+
+    def _start_fresh_optimizer(self) -> None:
+        self._switch.show_x()
+        self._switch.restart()
+        logger.info(f"A fresh optimizer goes on from the weights in {self._resumed.folder}: x = y = z.")
 
     def _load_best_model(self) -> None:
         # A bit that was flipped on disk since the save would be published.

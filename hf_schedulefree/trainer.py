@@ -218,13 +218,16 @@ class ScheduleFreeMixin(CheckpointMixin):
         # x, y and z must belong together: an optimizer of another step would move the model away.
         if checkpoint is None or self._switch is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        if self._engine.load_optimizer(Path(checkpoint)):
+        loads = self._loads_optimizer(checkpoint)
+        if loads and self._engine.load_optimizer(Path(checkpoint)):
             schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
-        else:
+        elif loads:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if self._fresh_optimizer:
+            return self._start_fresh_optimizer()
         extra_file = os.path.join(checkpoint, EXTRA_STATE_FILE)
-        if os.path.isfile(extra_file) and not self._fresh_optimizer:
+        if os.path.isfile(extra_file):
             extra = torch.load(extra_file, map_location="cpu", weights_only=True)
             for owner in (self._switch, *self._batch_norm_callbacks):
                 owner.load_extra_state(extra)

@@ -383,9 +383,9 @@ def test_rotation_never_removes_the_newest_committed_one(run):
     for step in (8, 9):
         (run / f"checkpoint-{step}").mkdir()
         (run / f"checkpoint-{step}/optimizer.pt").write_bytes(b"torn")
-    removed = [path.name for path in commit.remove_old_checkpoints(run, 1, [None])]
-    assert removed == ["checkpoint-8", "checkpoint-9", "checkpoint-2", "checkpoint-4"]
-    assert folders(run) == ["checkpoint-6"] and latest_committed(run) == str(run / "checkpoint-6")
+    removed = [path.name for path in commit.remove_old_checkpoints(run, 1, [run / "checkpoint-2"])]
+    assert removed == ["checkpoint-8", "checkpoint-9", "checkpoint-4"]
+    assert folders(run) == ["checkpoint-2", "checkpoint-6"] and latest_committed(run) == str(run / "checkpoint-6")
 
 
 def test_rotation_keeps_what_it_is_told_to(run):
