@@ -362,8 +362,8 @@ def test_what_callbacks_of_trl_sample(tmp_path, monkeypatch):
     callbacks = pytest.importorskip("trl.trainer.callbacks")
 
     class CompletionsAtX(callbacks.LogCompletionsCallback):
-        def on_step_end(self, *args, **kwargs):
-            with self.trainer.averaged_weights():
+        def on_step_end(self, *args, averaged_weights, **kwargs):
+            with averaged_weights():
                 return super().on_step_end(*args, **kwargs)
 
     witness = Witness()
