@@ -1,11 +1,13 @@
 """Checkpoints of models with several adapters: the Trainer reads back only the first active one.
 
 PEFT saves every adapter but "default" into a folder of its own. From these folders `Trainer._load_best_model` loads
-nothing (with a warning), and `Trainer._load_from_checkpoint` leaves one adapter active and trainable where there were
-several. Nothing here imports PEFT: without it there is no adapter to keep.
+nothing (with a warning), `Trainer._push_from_checkpoint` publishes nothing, and `Trainer._load_from_checkpoint` leaves
+one adapter active and trainable where there were several.
+Nothing here imports PEFT: without it there is no adapter to keep.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +18,21 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 def has_adapter_folders(model: nn.Module, checkpoint: str) -> bool:
     """Whether adapters of `model` lie in folders of their own below `checkpoint`."""
-    return _is_peft_model(model) and any(
-        (Path(checkpoint) / adapter / name).is_file()
-        for adapter in model.peft_config
-        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
-    )
+    return bool(_adapter_folders(model, checkpoint))
+
+
+def copy_adapter_folders(model: nn.Module, checkpoint: str, output_dir: str) -> None:
+    """Copy the adapters that lie in folders of their own; for a push in training the Trainer copies `default` only."""
+    for folder in _adapter_folders(model, checkpoint):
+        shutil.copytree(folder, Path(output_dir) / folder.name, dirs_exist_ok=True)
+
+
+def _adapter_folders(model: nn.Module, checkpoint: str) -> list[Path]:
+    if not _is_peft_model(model):
+        return []
+    folders = [Path(checkpoint) / adapter for adapter in model.peft_config]
+    names = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+    return [folder for folder in folders if any((folder / name).is_file() for name in names)]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,15 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+try:
+    from huggingface_hub.utils import httpx  # the one that its version is built on
+except ImportError:
+    import httpx
+
 logger = logging.get_logger(__name__)
+
+# What the client raises if the Hub answers with an error, or not at all.
+HUB_ERRORS = (httpx.HTTPError, ConnectionError)
 
 HEADING = "## Schedule-free weights"
 TAG = "schedule-free"
@@ -109,11 +117,14 @@ def _without_hooks(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in _HOOKS}
 
 
-def report_failure(job: Future) -> None:
+def report_failed_job(job: Future) -> None:
     """For `Future.add_done_callback`: the Trainer drops the exceptions of uploads that run beside the training."""
-    if job.cancelled() or job.exception() is None:
-        return
-    error = job.exception()
+    if not job.cancelled() and job.exception() is not None:
+        report_failure(job.exception())
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell that an upload failed during training, and that this is all that failed."""
     logger.error(
         f"An upload to the Hub failed ({type(error).__name__}: {error}). The training goes on and the files on disk "
         "are whole; the next save uploads them again, and so does trainer.push_to_hub()."

@@ -272,9 +272,14 @@ class ScheduleFreeMixin(CheckpointMixin):
             return super()._tune_save_checkpoint(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        # It saves, writes the card and uploads, all of one model.
-        with self.averaged_weights():
-            return super().push_to_hub(*args, **kwargs)
+        # It saves, writes the card and uploads, all of one model. A Hub that fails does not end a training.
+        try:
+            with self.averaged_weights():
+                return super().push_to_hub(*args, **kwargs)
+        except hub.HUB_ERRORS as error:
+            if not self._training:
+                raise
+            hub.report_failure(error)
 
     # The Hub
 
@@ -291,8 +296,8 @@ class ScheduleFreeMixin(CheckpointMixin):
         with hub.token_left_out(self.args):
             super()._save(*args, **kwargs)
 
-    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # It writes training_args.bin once more, uploads no card, and nobody looks at how its uploads end.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It writes training_args.bin once more, leaves card and named adapters out, and nobody looks how uploads end.
         if self._push_deferred() or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.hub_always_push:
@@ -300,11 +305,12 @@ class ScheduleFreeMixin(CheckpointMixin):
         earlier = getattr(self.push_in_progress, "jobs", [])
         if all(job.done() for job in earlier):
             self.create_model_card(model_name=Path(self.hub_model_id).name)
+        adapters.copy_adapter_folders(self.model, checkpoint_folder, self.args.output_dir)
         with hub.token_left_out(self.args):
-            super()._push_from_checkpoint(*args, **kwargs)
+            super()._push_from_checkpoint(checkpoint_folder)
         for job in getattr(self.push_in_progress, "jobs", []):
             if job not in earlier:
-                job.add_done_callback(hub.report_failure)
+                job.add_done_callback(hub.report_failed_job)
 
     # Logging
 

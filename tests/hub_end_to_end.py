@@ -64,7 +64,7 @@ def no_token_in_any_file(tmp_path):
             assert not [path for path, data in commit["files"].items() if TOKEN.encode() in data], repo
 
 
-def make_trainer(output_dir, name, **changes):
+def make_trainer(output_dir, name, model=None, **changes):
     witness = Witness()
     tokens = torch.randint(2, 258, (24, 12), generator=torch.Generator().manual_seed(1))
     args = TrainingArguments(
@@ -84,7 +84,7 @@ def make_trainer(output_dir, name, **changes):
         )
     )
     trainer = ScheduleFreeTrainer(
-        model=tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
         processing_class=tiny_tokenizer(),
@@ -165,6 +165,41 @@ def test_a_push_from_a_callback_in_mid_training_is_x(tmp_path):
     trainer.train()
     witness.assert_at_x(4, weights_of(hub.files("user/mid-training")["model.safetensors"]))
     assert all(torch.equal(witness.y[6][name], y) for name, y in undisturbed.y[6].items())
+
+
+def test_a_push_from_a_callback_that_fails_does_not_end_the_training(tmp_path, heard):
+    class Pusher(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                hub.fail("commit", "500")
+                trainer.push_to_hub()
+
+    trainer, witness = make_trainer(tmp_path / "run", "fails-in-callback", hub_strategy="end", save_strategy="no")
+    trainer.add_callback(Pusher())
+    assert trainer.train().global_step == 6
+    assert "An upload to the Hub failed" in heard.getvalue()
+    witness.assert_at_x(4, load((tmp_path / "run" / "model.safetensors").read_bytes()))
+    witness.assert_at_x(6, trainer.model)
+
+
+def test_named_adapters_are_published_during_training_as_well(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="gaussian")
+    model = peft.get_peft_model(tiny_llama(), lora, adapter_name="first")
+    model.add_adapter("second", lora)
+    model.base_model.set_adapter(["first", "second"])
+    trainer, witness = make_trainer(tmp_path / "run", "adapters", model=model)
+    trainer.train()
+    assert len(hub.commits["user/adapters"]) == 2
+    for commit, step in enumerate((3, 6)):
+        files = hub.files("user/adapters", commit)
+        shown = {
+            name.replace(".weight", f".{adapter}.weight"): tensor
+            for adapter in ("first", "second")
+            for name, tensor in load(files[f"{adapter}/adapter_model.safetensors"]).items()
+        }
+        witness.assert_at_x(step, shown)
+        assert_card(files["README.md"])
 
 
 def test_an_upload_that_stumbles_is_tried_again(tmp_path):

@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -114,7 +115,8 @@ class Hub:
                     files = {path: data for path, data in files.items() if not path.startswith(value["path"])}
                 else:
                     self.problems.append(f"unknown operation {line['key']}")
-            oid = hashlib.sha1(f"{repo}{len(self.commits[repo])}".encode()).hexdigest()
+            # Another one in each run: clients cache what they download under it.
+            oid = hashlib.sha1(f"{self.url}{time.time_ns()}{repo}{len(self.commits[repo])}".encode()).hexdigest()
             self.commits[repo].append({"message": message, "oid": oid, "files": files})
             return oid
 
