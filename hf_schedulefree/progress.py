@@ -26,7 +26,9 @@ def progress(switch: WeightSwitch, accelerator: "Accelerator") -> dict[str, floa
     c = averaging_weight(switch.param_groups[0])
     if c is not None:
         metrics["averaging_weight"] = c
-    squares = accelerator.reduce(squared_norms(switch.optimizer).to(accelerator.device), reduction="sum")
+    with switch.reaching_parameters():
+        squares = squared_norms(switch.optimizer)
+    squares = accelerator.reduce(squares.to(accelerator.device), reduction="sum")
     distance, norm = squares.sqrt().tolist()
     if norm > 0:
         metrics["relative_distance"] = distance / norm

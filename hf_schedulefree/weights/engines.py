@@ -236,6 +236,11 @@ class EngineSwitch(WeightSwitch):
     def schedulable(self) -> torch.optim.Optimizer:
         return self.inner.schedulable
 
+    @contextlib.contextmanager
+    def reaching_parameters(self) -> Iterator[None]:
+        with self.engine.reaching_parameters():
+            yield
+
     def show_x(self) -> None:
         if self.mode == "eval":
             return

@@ -1,5 +1,7 @@
 """`WeightSwitch`: the way between x and y for one kind of optimizer."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -37,6 +39,11 @@ class WeightSwitch:
     def schedulable(self) -> torch.optim.Optimizer:
         """What a learning-rate scheduler can be made for."""
         return self.optimizer
+
+    @contextlib.contextmanager
+    def reaching_parameters(self) -> Iterator[None]:
+        """Within: `param_groups` hold all parameters of the optimizer. (ZeRO-3 empties them between steps.)"""
+        yield
 
     def show_x(self) -> None:
         """Show the averaged weights in the model, keeping what is needed to come back to y bit for bit."""
