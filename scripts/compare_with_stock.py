@@ -222,14 +222,25 @@ def perturbation(side: Side, steps: int, dtype: torch.dtype) -> str:
     return "0 (the same bits)" if torch.equal(*finals) else f"{difference:.1e}"
 
 
+class StopAt(TrainerCallback):
+    """Stops a run early, as a callback that watches the clock would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
 def best_model(side: Side, steps: int) -> tuple[str, str]:
     """Stop between two evaluations, load the best model, evaluate: how far its weights move, and its loss."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             side,
             folder,
+            callbacks=[StopAt(steps - 5)],
             learning_rate=5e-2,
-            max_steps=steps - 5,
+            max_steps=steps,
             eval_strategy="steps",
             eval_steps=10,
             save_strategy="steps",
