@@ -104,6 +104,18 @@ def test_evaluating_and_saving_changes_nothing(name, tmp_path):
     assert_equal_everywhere(alone, read)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])
+@pytest.mark.parametrize("name", ["float32", "accumulation", "groups", "frozen and late", "tied"])
+def test_evaluating_and_saving_changes_nothing_on_a_gpu(name, precision, tmp_path):
+    options = {"use_cpu": False, "max_steps": 40, **precision}
+    alone, read = run(name, tmp_path / "a", **options), run(name, tmp_path / "b", **options, **READING)
+    assert_equal_everywhere(alone, read)
+    resumed = run(name, tmp_path / "c", resume=tmp_path / "b" / "checkpoint-15", **options)
+    assert_equal_everywhere(alone, resumed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_evaluating_and_saving_changes_nothing_in_200_steps(name, tmp_path):

@@ -17,7 +17,9 @@ def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     """A causal language model of about 3,000 parameters."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **{**sizes, **options}))
+    return LlamaForCausalLM(
+        LlamaConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 32, **sizes, **options})
+    )
 
 
 def token_data(count: int = 48, length: int = 12) -> list[dict[str, Tensor]]:
