@@ -45,6 +45,7 @@ class ScheduleFreeMixin(CheckpointMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
         self._warmup_steps: int | None = None  # what this Trainer last gave the optimizer
+        self._batch_norm_warned = False
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
         given = dict(zip(("model", "args"), args, strict=False)) | kwargs
         arguments = given.get("args")
@@ -161,8 +162,9 @@ class ScheduleFreeMixin(CheckpointMixin):
         # The callbacks before the first step see y as well, after a resume and in a second train() too.
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._switch is not None:
-            if batch_norm_layers(self.model) and not self._batch_norm_callbacks:
-                logger.warning_once(
+            if batch_norm_layers(self.model) and not self._batch_norm_callbacks and not self._batch_norm_warned:
+                self._batch_norm_warned = True
+                logger.warning(
                     "The model has BatchNorm layers, whose running statistics are those of y. Give the Trainer a "
                     "hf_schedulefree.BatchNormRecalibrationCallback() to evaluate and save x with its own."
                 )

@@ -13,22 +13,27 @@ from tiny import inner, tiny_llama, train
 ROOT = Path(__file__).parents[1]
 
 RUN = """
-import json, resource, sys
+import json, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from hf_schedulefree import ScheduleFreeTrainer
 
+# Not ru_maxrss: that of a child process starts at its parent's.
+def peak_in_kib():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
+
 folder, options = sys.argv[1], json.loads(sys.argv[2])
-sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=16, **sizes))
 rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 1024, (16, 8))]
 arguments = {"output_dir": folder, "optim": "adamw_schedulefree", "max_steps": 4, "per_device_train_batch_size": 2,
              "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 trainer = ScheduleFreeTrainer(model=model, args=TrainingArguments(**{**arguments, **options}), train_dataset=rows,
                               eval_dataset=rows[:4])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_in_kib()
 trainer.train()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_in_kib()
 size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1024
 print("PEAK", (peak - before) / size)
 """
@@ -43,13 +48,13 @@ def copies_at_the_peak(folder: Path, **options) -> float:
     return float(output.split("PEAK")[1])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ru_maxrss in KiB")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_peak_is_that_of_training_alone(tmp_path):
     alone = copies_at_the_peak(tmp_path / "alone")
     reading = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     read = copies_at_the_peak(tmp_path / "read", **reading)
     assert alone > 2.5  # gradients, z and the second moment
-    assert read <= alone + 0.1
+    assert read <= alone + 0.25  # the code that evaluates and saves; a copy of the parameters would be 1
 
 
 def test_only_trainable_parameters_are_parked(tmp_path):

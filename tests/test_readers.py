@@ -5,6 +5,7 @@ nobody has switched anything. `test_each_override_is_needed` removes each overri
 """
 
 import itertools
+import logging
 import os
 import random
 import signal
@@ -411,13 +412,34 @@ def check_batch_norm(trainer_class, tmp_path):
         assert same_bits(parameters(alone.model), parameters(resumed.model))
         assert not torch.equal(parameters(alone.model)["layers.1.running_mean"], x["layers.1.running_mean"])
     assert same_bits(parameters(alone.model), x)
-    # What is saved is x with the statistics of x: plain averages over the batches, in float64.
-    batches = [batch["inputs"] for batch in itertools.islice(alone.get_train_dataloader(), 8)]
-    hidden = [alone.model.layers[0](batch).detach().double() for batch in batches]
-    mean = torch.stack([batch.mean(0) for batch in hidden]).mean(0)
-    assert torch.allclose(x["layers.1.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+    assert has_statistics_of_its_own(alone)
     weights = saved(tmp_path / "read" / "checkpoint-10")
     assert not torch.equal(weights["layers.1.running_mean"], torch.zeros(8))
+    alone.train()  # a second run, whose last step has the same number
+    assert has_statistics_of_its_own(alone)
+
+
+def has_statistics_of_its_own(trainer):
+    """Whether the running mean is the plain average over the training batches of what the shown weights give."""
+    batches = [batch["inputs"] for batch in itertools.islice(trainer.get_train_dataloader(), 8)]
+    hidden = [trainer.model.layers[0](batch).detach().double() for batch in batches]
+    mean = torch.stack([batch.mean(0) for batch in hidden]).mean(0)
+    return torch.allclose(trainer.model.layers[1].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def check_batch_norm_warning(trainer_class, tmp_path):
+    """A model with BatchNorm and without the callback gets one warning per Trainer, which names the callback."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("hf_schedulefree").addHandler(handler)
+    try:
+        trainer = normalized(tmp_path, trainer_class, max_steps=2)
+        trainer.train()
+        normalized(tmp_path, trainer_class, max_steps=2, callbacks=[BatchNormRecalibrationCallback(num_batches=2)])
+    finally:
+        logging.getLogger("hf_schedulefree").removeHandler(handler)
+    assert sum("BatchNormRecalibrationCallback" in message for message in messages) == 1
 
 
 def check_rate_and_warmup(trainer_class, tmp_path):
@@ -442,6 +464,7 @@ READERS = {
     "averaged_weights() in callbacks": check_averaged_weights_in_a_callback,
     "nothing perturbs": check_nothing_perturbs,
     "BatchNorm": check_batch_norm,
+    "BatchNorm without the callback": check_batch_norm_warning,
 }
 
 
@@ -455,7 +478,7 @@ OVERRIDES = {
     "__init__": check_events,
     "_give_callbacks_their_weights": check_events,
     "train": check_end_of_training,
-    "_prepare_for_training": check_batch_norm,
+    "_prepare_for_training": check_batch_norm_warning,
     "_load_best_model": check_best_model,
     "_save_optimizer_and_scheduler": check_batch_norm,
     "_load_optimizer_and_scheduler": check_resume_of_a_foreign_optimizer,
@@ -480,9 +503,3 @@ def test_each_override_is_needed(override, tmp_path, monkeypatch):
         monkeypatch.delattr(ScheduleFreeMixin, override)
     with pytest.raises((AssertionError, AttributeError, RuntimeError, OSError, ValueError)):
         check(ScheduleFreeTrainer, tmp_path / "mutant")
-
-
-def test_a_model_with_batch_norm_and_no_callback_gets_one_warning(tmp_path, caplog):
-    with caplog.at_level("WARNING"):
-        normalized(tmp_path)
-    assert sum("BatchNormRecalibrationCallback" in record.message for record in caplog.records) == 1

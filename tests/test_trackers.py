@@ -1,6 +1,9 @@
 """The metrics beside the loss: c and |x - y| / |y|, right, at logging steps only, and on every tracker."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,11 +127,17 @@ def test_wandb(tmp_path, monkeypatch):
         assert not file.is_file() or token.encode() not in file.read_bytes(), file
 
 
-def test_trackio(tmp_path, monkeypatch):
-    """trackio's own store, read back."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
-    train(tmp_path / "out", report_to=["trackio"], project="eco", run_name="run")
+def test_trackio(tmp_path):
+    """trackio's own store, read back; in a process of its own, as trackio chooses its folder when it is imported."""
+    pytest.importorskip("trackio")
+    options = "report_to=['trackio'], project='eco', run_name='r'"
+    code = f"import sys; from test_trackers import train; train(sys.argv[1], {options})"
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], env=environment, check=True)
     stored = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file())
     assert b"train/averaging_weight" in stored and b"train/relative_distance" in stored
