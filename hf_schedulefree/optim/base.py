@@ -1,7 +1,6 @@
 """`ScheduleFreeOptimizer`: modes, state, validation and the skeleton of a step, shared by every optimizer here."""
 
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from hf_schedulefree.optim import averaging, conversion, kernels, precision, pre
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.option_ranges import check_options
 from hf_schedulefree.optim.precision import Storage
 from hf_schedulefree.optim.precision_step import HalfRow
 
@@ -24,35 +24,6 @@ _FRESH_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.
 
 # `parked_k` of a group whose y is in the model, not in the state.
 _NOT_PARKED = -1
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
-
-
-# option -> (is it valid, the range in words); each optimizer adds its own options.
-_OPTION_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
-    "weight_decay": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
-    "warmup_steps": (lambda v: _finite(v) and v >= 0 and v == int(v), "a whole number of steps >= 0"),
-    "r": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
-    "weight_lr_power": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
-    "eps": (lambda v: _finite(v) and v >= 0, "a finite number >= 0"),
-    "silent_sgd_phase": (lambda v: isinstance(v, bool), "True or False"),
-    "momentum": (lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1); at 0 the average x could not be recovered"),
-    "state_precision": (
-        lambda v: v is None or v in precision.STATE_PRECISIONS,
-        f"None or one of {precision.STATE_PRECISIONS}",
-    ),
-    "rounding_seed": (lambda v: isinstance(v, int), "a whole number"),
-    "betas": (
-        lambda v: len(v) == 2 and all(map(_finite, v)) and 0 < v[0] < 1 and 0 <= v[1] < 1,
-        "(beta1, beta2) with beta1 in (0, 1) and beta2 in [0, 1); at beta1 = 0 the average x could not be recovered",
-    ),
-}
 
 
 class ScheduleFreeOptimizer(torch.optim.Optimizer):
@@ -111,7 +82,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             raise ValueError(f"implementation={implementation!r} is unknown; expected None or one of {IMPLEMENTATIONS}")
         self.implementation = implementation
         self._forget_parts()
-        self._validate(options)
+        check_options(type(self).__name__, options)
         super().__init__(params, {**options, **_FRESH_COUNTERS, "train_mode": False, "parked_k": _NOT_PARKED})
 
     # What a subclass gives
@@ -297,7 +268,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
-        self._validate({key: value for key, value in param_group.items() if key != "params"})
+        check_options(type(self).__name__, param_group)
         if self.param_groups:
             param_group.setdefault("train_mode", self.mode == "train")
         super().add_param_group(param_group)
@@ -312,18 +283,6 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                 "'full') to keep the average.",
                 stacklevel=2,
             )
-
-    def _validate(self, options: dict[str, Any]) -> None:
-        for name, value in options.items():
-            if name not in _OPTION_RANGES:
-                continue
-            is_valid, expected = _OPTION_RANGES[name]
-            try:
-                valid = is_valid(value)
-            except TypeError:
-                valid = False
-            if not valid:
-                raise ValueError(f"{type(self).__name__}: {name}={value!r} is out of range; expected {expected}")
 
     # The step
 
