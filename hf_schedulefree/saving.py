@@ -85,21 +85,56 @@ class CheckpointMixin:
 
     def _write_and_commit(self, destination: Path, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         staged = destination.parent / commit.STAGING / destination.name
-        if self.args.should_save:
-            commit.staged_folder(destination.parent, destination.name)
-        self._meet()
-        with self._run_dir_shown_as(staged.parent):
+        self._on_writers(lambda: commit.staged_folder(destination.parent, destination.name))
+        errors: list[str] = []
+        with self._run_dir_shown_as(staged.parent), self._write_errors_kept(errors):
             super()._save_checkpoint(model, trial, *args, **kwargs)
-        self._name_best_checkpoint(destination)
-        if self.args.should_save:
-            # Written once more, because it named the best checkpoint by its place in the staging folder.
-            self.state.save_to_json(str(staged / files.TRAINER_STATE))
+            self._name_best_checkpoint(destination)
+            if self.args.should_save:
+                # Written once more, because it named the best checkpoint by its place in the staging folder.
+                self.state.save_to_json(str(staged / files.TRAINER_STATE))
         facts = self._checkpoint_facts()
-        self._meet()
+        self._all_learn_of("; ".join(errors) or None)
         self._on_writers(lambda: commit.commit_checkpoint(staged, facts, destination=destination))
         if self.args.local_process_index == 0 and not self.args.should_save:
             commit.discard_staging(destination.parent)  # a node whose disk is not the main one's
         self._committed = (destination, _stamps(destination)) if self.args.should_save else None
+
+    @contextlib.contextmanager
+    def _write_errors_kept(self, errors: list[str]) -> Iterator[None]:
+        """Within, with several processes: errors in writing files are put into `errors` instead of being raised.
+
+        A process that left a save by an exception would let the others wait for it. This goes only where the parts of a
+        save that write files do not wait for other processes themselves.
+        """
+        if self.args.world_size == 1 or not self._engine.writes_alone:
+            yield
+            return
+
+        def kept(write: Callable[..., Any]) -> Callable[..., None]:
+            def write_or_keep(*args: Any, **kwargs: Any) -> None:
+                try:
+                    write(*args, **kwargs)
+                except Exception as error:
+                    if not files.is_write_error(error):
+                        raise
+                    errors.append(str(error))
+
+            return write_or_keep
+
+        parts = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")
+        writers = [*((self, name) for name in parts), (self.state, "save_to_json")]
+        former = [(vars(owner), name, vars(owner).get(name)) for owner, name in writers]
+        for owner, name in writers:
+            setattr(owner, name, kept(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for attributes, name, own in former:
+                if own is None:
+                    del attributes[name]
+                else:
+                    attributes[name] = own
 
     def _name_best_checkpoint(self, destination: Path) -> None:
         """As the Trainer does it, by the final name of this checkpoint."""
@@ -121,7 +156,7 @@ class CheckpointMixin:
             world_size=self.args.world_size,
             engine=engine or ("ddp" if self.args.world_size > 1 else "single"),
             beta=stored_beta(self._switch.param_groups[0]),
-            parameters=groups if all(name is not None for group in groups for name in group) else [],
+            parameters=groups if all(group and None not in group for group in groups) else [],
         )
 
     def _weight_metadata(self) -> dict[str, str]:
@@ -134,7 +169,7 @@ class CheckpointMixin:
         )
 
     def _can_go_on_after(self, error: Exception) -> bool:
-        # Where several processes write, the others may wait for one that failed: only their end can free them.
+        # Where processes write together, the others may wait for one that failed: only their end can free them.
         return isinstance(error, CommitError) or (self.args.world_size == 1 and files.is_write_error(error))
 
     def _push_deferred(self) -> bool:
@@ -273,10 +308,6 @@ class CheckpointMixin:
 
     # Several processes
 
-    def _meet(self) -> None:
-        if self.args.world_size > 1:
-            self.accelerator.wait_for_everyone()
-
     def _on_writers(self, act: Callable[[], Any]) -> None:
         """Run `act` where files are written (the main process, or one per node); every process learns if it failed."""
         error = None
@@ -285,15 +316,19 @@ class CheckpointMixin:
                 act()
             except OSError as raised:
                 error = raised
+        if self.args.world_size == 1 and error is not None:
+            raise error
+        self._all_learn_of(None if error is None else str(error))
+
+    def _all_learn_of(self, failure: str | None) -> None:
+        """Wait for all processes; each raises if one of them has failed."""
         if self.args.world_size == 1:
-            if error is not None:
-                raise error
             return
         texts: list[str | None] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(texts, None if error is None else str(error))
+        torch.distributed.all_gather_object(texts, failure)
         failed = [text for text in texts if text is not None]
         if failed:
-            raise CommitError("; ".join(failed)) from error
+            raise CommitError("; ".join(failed))
 
     def _chosen_by_main(self, choose: Callable[[], Result]) -> Result:
         """What the main process chooses, on every process; so are its errors."""
@@ -312,7 +347,7 @@ class CheckpointMixin:
 
 
 class CommitError(OSError):
-    """A checkpoint that every process had written could not be committed; all processes know it."""
+    """A checkpoint could not be written or committed; all processes know it."""
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -251,6 +251,34 @@ def test_fsdp(stock, tmp_path, kind):
     assert_rounded(dict(model.state_dict()), x_in_float64(trainer.model, trainer.optimizer))
 
 
+def test_another_name_of_a_tied_weight_gets_x_too(tmp_path):
+    trainer = stock_run(tmp_path / "run", model=tiny_model(tie_word_embeddings=True))
+    checkpoint = tmp_path / "run/checkpoint-6"
+    torch.save(trainer.model.state_dict(), checkpoint / "pytorch_model.bin")  # with both names
+    (checkpoint / "model.safetensors").unlink()
+    export_averaged(checkpoint, tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    exact = x_in_float64(trainer.model, trainer.optimizer)
+    assert_rounded(written, exact | {"lm_head.weight": exact["model.embed_tokens.weight"]})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fsdp_names_a_tied_weight_once(tmp_path, tied):
+    trainer = stock_run(tmp_path / "run", model=tiny_model(tie_word_embeddings=tied))
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    optimizer = trainer.optimizer.optimizer
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    state = {"state": {names[id(p)]: state for p, state in optimizer.state.items()}, "param_groups": groups}
+    (tmp_path / "in").mkdir()
+    torch.save(trainer.model.state_dict(), tmp_path / "in/pytorch_model_fsdp.bin")
+    torch.save(state, tmp_path / "in/optimizer.bin")
+    export_averaged(tmp_path / "in", tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    exact = x_in_float64(trainer.model, trainer.optimizer)
+    same_as = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert_rounded(written, exact | {"lm_head.weight": exact[same_as]})
+
+
 class Attack:
     """Unpickled, it removes a folder."""
 

@@ -35,6 +35,8 @@ class Engine:
     # See `WeightSwitch`.
     shows_x_alone = True
     shows_y_alone = True
+    # Whether no process waits for another one while it writes its files of a checkpoint.
+    writes_alone = True
 
     def __init__(self, model: nn.Module | None, optimizer: Any):
         self.model = model
@@ -90,6 +92,7 @@ class FullyShardedEngine(Engine):
     """FSDP2: parameters and optimizer state are `DTensor`s, of which each process holds a shard."""
 
     shows_y_alone = False  # train() asks all processes whether the weights were replaced
+    writes_alone = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:
@@ -144,6 +147,7 @@ class ZeroEngine(Engine):
 
     shows_x_alone = False
     shows_y_alone = False
+    writes_alone = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:

@@ -4,21 +4,25 @@ one launch and leaves numbers; `test_engines.py` judges them.
     torchrun --nproc_per_node 2 tests/distributed/run.py ENGINE FOLDER [PART ...]
 """
 
+import builtins
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import safetensors.torch
 import torch
 from engines import ENGINES, EngineRow
 from torch import distributed
 from transformers import LlamaConfig, TrainerCallback, set_seed
 
-from hf_schedulefree import ScheduleFreeTrainer
+from hf_schedulefree import ScheduleFreeTrainer, saving
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 from hf_schedulefree.weights import unwrap_optimizer
 
@@ -254,6 +258,67 @@ def best(lab):
     trainer.save_model(str(lab.folder / "best_saved"))
 
 
+class FailsToWrite(TrainerCallback):
+    """At each step, a file that one process (or each) cannot write: the disk is full."""
+
+    PLAN: ClassVar = {  # step -> rank (None: all), part of the file's path
+        2: (0, "model.safetensors"),
+        3: (0, "optimizer.pt"),
+        4: (1, "rng_state_1.pth"),
+        5: (0, "trainer_state.json"),
+        6: (0, "_saving"),
+        7: (None, "rng_state"),
+    }
+
+    def __init__(self):
+        self.step = 0
+        for owner, name, position in (
+            (torch, "save", 1),
+            (safetensors.torch, "serialize_file", 1),
+            (builtins, "open", 0),
+            (os, "mkdir", 0),
+        ):
+            setattr(owner, name, self.failing(getattr(owner, name), position))
+
+    def failing(self, write, position):
+        def write_or_fail(*args, **kwargs):
+            rank, part = self.PLAN.get(self.step, (None, None))
+            path = str(args[position]) if len(args) > position else ""
+            concerned = part is not None and "_saving" in path and part in path
+            if concerned and rank in (None, int(os.environ["RANK"])):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            return write(*args, **kwargs)
+
+        return write_or_fail
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+def write_errors(lab):
+    """As `readers`, with a save at each step, most of which fail in one process."""
+    trainer = lab.trainer(
+        "failing",
+        dropout=True,
+        callbacks=[FailsToWrite()],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        metric_for_best_model="loss",
+    )
+    said = []
+    error, saving.logger.error = saving.logger.error, lambda text, *args: said.append(text)
+    trainer.train()
+    saving.logger.error = error
+    lab.keep("failing", fingerprint(trainer))
+    lab.keep("failing_said", said)
+    resumed = lab.trainer("failing", dropout=True)
+    resumed.train(resume_from_checkpoint=True)
+    lab.keep("failing_resumed_step", resumed.state.global_step)
+
+
 def refusals(lab):
     """What this engine cannot do is refused when the Trainer is built."""
     messages = []
@@ -267,7 +332,7 @@ def refusals(lab):
     lab.keep("refusals", messages)
 
 
-PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals)}
+PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors)}
 
 
 def main():

@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE))
 from engines import ENGINES  # noqa: E402
 from run import STEPS, Sentences  # noqa: E402
 
+from hf_schedulefree.checkpoint import read_record, verify_checkpoint  # noqa: E402
+
 ROOT = HERE.parent.parent
 TIMEOUT = 600
 PARTS = ("trajectory", "readers", "resume", "best", "refusals")
@@ -214,3 +216,25 @@ def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
     launch(engine, run.folder, ["elsewhere"], run.row.resumes_on)
     left, arrived = run.kept("trajectory_x"), run.kept("elsewhere_x")
     assert largest_difference(left, arrived) < run.row.tolerance
+
+
+def test_a_process_that_cannot_write_ends_no_run(runs):
+    run = runs("ddp")
+    for result in launch("ddp", run.folder, ["write_errors"], run.row.processes):
+        assert result["failing"] == result["quiet"]
+        assert len(result["failing_said"]) == 6
+        for step, text in enumerate(result["failing_said"], start=2):
+            assert f"checkpoint-{step} failed" in text and "No space left" in text
+            assert text.endswith("checkpoint-1.")
+        assert result["failing_resumed_step"] == STEPS
+    checkpoints = sorted((run.folder / "failing").iterdir())
+    assert [path.name for path in checkpoints] == ["checkpoint-1", f"checkpoint-{STEPS}"]
+    for path in checkpoints:
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_record_names_all_parameters_or_none(engine, runs):
+    """Under DeepSpeed the optimizer's parameters are flat partitions without names."""
+    groups = read_record(runs(engine).folder / f"busy/checkpoint-{STEPS}").parameters
+    assert groups == [] if "zero" in engine else len(groups) == 2 and all(groups)
