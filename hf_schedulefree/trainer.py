@@ -252,6 +252,13 @@ class ScheduleFreeMixin(CheckpointMixin):
         with self.averaged_weights():
             return super().predict(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Outside train(), bf16_full_eval would leave the model rounded, for the next save and the next train().
+        cast = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_deepspeed_enabled
+        undone = weights.casts_undone(self.model) if cast and self._is_schedule_free_run() else contextlib.nullcontext()
+        with undone:
+            return super().evaluation_loop(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         # What is saved is what was evaluated, and in every engine a model that loads. An upload that still reads the
         # folder would be torn.

@@ -448,7 +448,27 @@ def check_rate_and_warmup(trainer_class, tmp_path):
     assert logged == pytest.approx([2.5e-3, 5e-3, 7.5e-3] + [1e-2] * 7)
 
 
+def check_full_eval(trainer_class, tmp_path):
+    """An evaluation in half precision, before or after train(), leaves no rounded weights or buffers behind."""
+    options = {"trainer_class": trainer_class, "bf16_full_eval": True}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.evaluate()
+    trainer.train()
+    x = parameters(trainer.model)
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    trainer.predict(trainer.eval_dataset)
+    trainer.save_model(tmp_path / "model")
+    assert same_bits(parameters(trainer.model), x) and close_to(saved(tmp_path / "model"), x_in_float64(trainer))
+    assert same_bits(dict(trainer.model.named_buffers()), buffers)
+    trainer.train()
+    once = train(tmp_path, **options)
+    assert same_bits(x, parameters(once.model))
+    once.train()
+    assert same_bits(everything(trainer), everything(once))
+
+
 READERS = {
+    "full_eval": check_full_eval,
     "evaluate": check_evaluate,
     "predict": check_predict,
     "checkpoint": check_step_checkpoint,
@@ -484,6 +504,7 @@ OVERRIDES = {
     "_load_optimizer_and_scheduler": check_resume_of_a_foreign_optimizer,
     "evaluate": check_nothing_perturbs,
     "predict": check_nothing_perturbs,
+    "evaluation_loop": check_full_eval,
     "save_model": check_save_model,
     "_save_checkpoint": check_step_checkpoint,
     "_tune_save_checkpoint": check_ray_checkpoint,

@@ -3,6 +3,7 @@
     switch.py    `WeightSwitch`, for the optimizers of this package
     foreign.py   the same for those of other packages
     engines.py   DDP, FSDP2 and DeepSpeed: all differences between the ways to spread a model over processes
+    casts.py     a model that was cast for an evaluation comes back with its bits
     checks.py    what cannot be right is refused before training starts
 
 `switch_for` finds what fits. Everything that needs x goes through `averaged_weights`.
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
+from hf_schedulefree.weights.casts import casts_undone
 from hf_schedulefree.weights.checks import refuse_unsupported
 from hf_schedulefree.weights.engines import Engine, EngineSwitch, engine_for, optimizer_saves_allowed, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
@@ -25,6 +27,7 @@ __all__ = [
     "Engine",
     "WeightSwitch",
     "averaged_weights",
+    "casts_undone",
     "engine_for",
     "optimizer_saves_allowed",
     "refuse_unsupported",
