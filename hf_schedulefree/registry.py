@@ -80,9 +80,17 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _number(value: Any) -> Any:
+    """In YAML, 1e-3 is a text (1.0e-3 is a number); what is no number at all is left for the optimizer to refuse."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 _COMMON_FIELDS = {
-    "lr": lambda args: args.learning_rate,
-    "weight_decay": lambda args: args.weight_decay,
+    "lr": lambda args: _number(args.learning_rate),
+    "weight_decay": lambda args: _number(args.weight_decay),
     "rounding_seed": lambda args: args.seed,
 }
 _COMMON_OPTIONS = {
@@ -94,8 +102,8 @@ _COMMON_OPTIONS = {
 }
 _ADAM_FIELDS = {
     **_COMMON_FIELDS,
-    "betas": lambda args: (args.adam_beta1, args.adam_beta2),
-    "eps": lambda args: args.adam_epsilon,
+    "betas": lambda args: (_number(args.adam_beta1), _number(args.adam_beta2)),
+    "eps": lambda args: _number(args.adam_epsilon),
 }
 
 SPECS: dict[str, OptimizerSpec] = {

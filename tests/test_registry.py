@@ -163,3 +163,16 @@ def test_members_are_added_as_this_python_would_do_it():
     known = {"_member_map_", "_member_names_", "_value2member_map_", "_hashable_values_"}
     # A table that is not filled for a hashable value may stay as it is; any other must be known to the registry.
     assert {name for name in tables - known if getattr(Names, name)} == set()
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """`1e-3` without a point is a text in YAML; the run is the one of the number, and nonsense is refused by name."""
+    path = tmp_path / "run.yaml"
+    lines = [f"output_dir: {tmp_path}", "optim: adamw_schedulefree", "use_cpu: true", "weight_decay: 1e-2"]
+    path.write_text("\n".join([*lines, "learning_rate: 5e-3", "adam_epsilon: 1e-7"]), encoding="utf-8")
+    (args,) = HfArgumentParser(TrainingArguments).parse_yaml_file(path)
+    kwargs = registry.spec_for(args).kwargs(args)
+    assert (kwargs["lr"], kwargs["weight_decay"], kwargs["eps"]) == (5e-3, 1e-2, 1e-7)
+    args.learning_rate = "fast"
+    with pytest.raises(ValueError, match="lr='fast'"):
+        registry.spec_for(args).kwargs(args)
