@@ -121,6 +121,13 @@ def largest_difference(some, others):
     return max((some[name].float() - others[name].float()).abs().max().item() for name in names)
 
 
+def distance(some, others):
+    """Root mean square over all weights."""
+    names = sorted(some.keys() & others.keys())
+    assert len(names) >= 10
+    return torch.cat([(some[name] - others[name]).flatten() for name in names]).square().mean().sqrt().item()
+
+
 def same_bits(some, others):
     """Equal where both name a tensor; a file leaves out what is tied."""
     names = some.keys() & others.keys()
@@ -144,8 +151,12 @@ def test_trajectory(engine, runs):
     for result in run.ranks:
         assert result["counts"] == [STEPS] * len(result["counts"])
     x, y = run.kept("trajectory_x"), run.kept("trajectory_y")
-    assert largest_difference(x, reference.kept("trajectory_x")) < run.row.tolerance
-    assert largest_difference(y, reference.kept("trajectory_y")) < run.row.tolerance
+    expected_x, expected_y = reference.kept("trajectory_x"), reference.kept("trajectory_y")
+    assert largest_difference(x, expected_x) < run.row.tolerance
+    assert largest_difference(y, expected_y) < run.row.tolerance
+    # In bf16 single weights may be as far off as x and y are apart; as a whole, each is where it should be.
+    assert distance(x, expected_x) < 0.75 * distance(x, expected_y)
+    assert distance(y, expected_y) < 0.75 * distance(y, expected_x)
     assert largest_difference(x, y) > 100 * run.row.tolerance or "bf16" in engine  # the two can be told apart
 
 
