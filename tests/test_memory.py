@@ -54,7 +54,7 @@ def test_the_peak_is_that_of_training_alone(tmp_path):
     reading = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     read = copies_at_the_peak(tmp_path / "read", **reading)
     assert alone > 2.5  # gradients, z and the second moment
-    assert read <= alone + 0.25  # the code that evaluates and saves; a copy of the parameters would be 1
+    assert read <= alone + 0.1  # the code that evaluates and saves; a copy of the parameters would be 1
 
 
 def test_only_trainable_parameters_are_parked(tmp_path):
