@@ -50,3 +50,11 @@ install_deepspeed() {
     DS_BUILD_OPS=0 .venv/bin/python -m pip install -c constraints.txt --no-deps --no-build-isolation deepspeed
     touch "$stamp"
 }
+
+# Triton for the tests of the GPU kernel on CPU. torch's CUDA builds bring their own; there is none but for Linux. It is no part
+# of constraints.txt, where its version would have to be that of every torch. The tests skip themselves without it.
+install_triton() {
+    if [[ $(uname -s) == Linux ]] && ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+        .venv/bin/python -m pip install --no-deps triton==3.9.0 || echo "warning: triton could not be installed" >&2
+    fi
+}

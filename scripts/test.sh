@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh
 make_venv test
 install_deepspeed
+install_triton
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One worker per core, each test file in one of them (files share launched runs); tiny models gain nothing from threads.

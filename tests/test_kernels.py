@@ -342,7 +342,7 @@ def test_compiles_where_no_cache_can_be_written(tmp_path):
 
 
 def test_other_devices_take_torchs_operations():
-    assert kernels.one_pass_kernel("cuda") is None
+    assert kernels.one_pass_kernel("mps") is None and kernels.one_pass_half_kernel("mps", torch.bfloat16) is None
 
 
 def test_the_other_choices(calls):

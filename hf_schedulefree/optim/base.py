@@ -14,7 +14,7 @@ from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
 from hf_schedulefree.optim.option_ranges import check_options
-from hf_schedulefree.optim.precision import Storage
+from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
 
 logger = logging.getLogger(__name__)
@@ -376,7 +376,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if storage is None:
                 rows.append((p, state["z"], state.get("exp_avg_sq"), p.grad))
                 continue
-            key = precision.rounding_key(group["rounding_seed"], group["k"], position)
+            key = RandomKey(group["rounding_seed"], group["k"], position)
             half_rows.append(HalfRow(p, p.grad, state, storage, key))
         if rows:
             kernels.step_(rows, numbers, self.implementation)

@@ -14,7 +14,7 @@ without a draw from any of torch's generators.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,6 +149,16 @@ _MASK64 = 2**64 - 1
 # Odd numbers that spread the bits of a product; the first two are those of Wellons' "lowbias32" (public domain).
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x2C1B3C6D, 0x297A2D39)
 INDEX_MULTIPLIERS = (0x9E3779B9, 0x85EBCA6B)
+# The numbers of SplitMix64 (Steele, Lea, Flood 2014).
+SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+class RandomKey(NamedTuple):
+    """What the random numbers of one parameter at one step follow from: the arguments of `rounding_key`."""
+
+    seed: int
+    step: int
+    parameter: int
 
 
 def rounding_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
@@ -160,10 +170,10 @@ def rounding_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
         parameter: its position among all parameters of the optimizer.
     """
     key = 0
-    for word in (seed, step, parameter):  # SplitMix64 (Steele, Lea, Flood 2014), absorbing a word at a time
-        key = (key + word + 0x9E3779B97F4A7C15) & _MASK64
-        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK64
+    for word in (seed, step, parameter):  # SplitMix64, absorbing a word at a time
+        key = (key + word + SPLITMIX[0]) & _MASK64
+        key = (key ^ (key >> 30)) * SPLITMIX[1] & _MASK64
+        key = (key ^ (key >> 27)) * SPLITMIX[2] & _MASK64
         key ^= key >> 31
     return key & 0xFFFFFFFF, key >> 32
 

@@ -1,18 +1,15 @@
 """The step for half-precision parameters: y, z, v to float32, the update that all share, and back to storage."""
 
-import functools
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import precision, sharding
+from hf_schedulefree.optim import kernels, precision, sharding
 from hf_schedulefree.optim.kernels import Implementation, torch_ops
-from hf_schedulefree.optim.kernels.numbers import StepNumbers
-from hf_schedulefree.optim.precision import Y_LOW, Storage
+from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
+from hf_schedulefree.optim.precision import Y_LOW, RandomKey, Storage
 
 # Elements that are in float32 at a time: small enough for the caches of a CPU, large enough to fill a GPU.
 _SLICE_ELEMENTS = {"cpu": 2**17}
@@ -27,45 +24,37 @@ class HalfRow(NamedTuple):
         grad: in the shape of `p`; it is not changed.
         state: `z`, and what `storage` and the direction need of `y_low` and `exp_avg_sq`.
         storage: how these are kept.
-        key: of the random numbers, from `precision.rounding_key`.
+        key: of the random numbers.
     """
 
     p: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     storage: Storage
-    key: tuple[int, int]
+    key: RandomKey
 
 
 def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Implementation | None = None) -> None:
     """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1.
 
-    In one pass over memory where numba is installed and the tensors allow (bfloat16 on CPU), unless `implementation`
-    is "for-loop" or "foreach"; else slice by slice with torch's operations, which round with the same random numbers.
+    In one pass over memory where a kernel is at hand and the tensors allow, unless `implementation` is "for-loop" or
+    "foreach"; else slice by slice with torch's operations, which round with the same random numbers.
     """
-    kernel = _compiled_step() if implementation in (None, "fused") else None
-    dense: dict[Storage, list[tuple]] = {}
+    dense: dict[tuple[torch.device, torch.dtype, Storage], list[DenseHalfRow]] = {}
     for row in rows:
-        tensors = _dense(row, numbers) if kernel is not None else None
+        tensors = _dense(row, numbers) if implementation in (None, "fused") else None
         if tensors is None:
             _step_in_slices(row, numbers)
         else:
-            dense.setdefault(row.storage, []).append(tensors)
-    for same_storage in dense.values():
-        kernel(same_storage, numbers)
+            dense.setdefault((tensors.y.device, tensors.y.dtype, row.storage), []).append(tensors)
+    for (device, dtype, _), alike in dense.items():
+        kernels.one_pass_half_kernel(device.type, dtype)(alike, numbers)
 
 
-@functools.cache
-def _compiled_step() -> Callable | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    return importlib.import_module("hf_schedulefree.optim.kernels.one_pass_half_cpu").step_
-
-
-def _dense(row: HalfRow, numbers: StepNumbers) -> tuple | None:
-    """(y, y_low, z, v, grad, index of the first element, key) if the compiled step can take them; else None."""
+def _dense(row: HalfRow, numbers: StepNumbers) -> DenseHalfRow | None:
+    """The tensors of a row if a one-pass kernel can take them; else None."""
     p = sharding.local(row.p)
-    if p.device.type != "cpu" or p.dtype != torch.bfloat16:
+    if kernels.one_pass_half_kernel(p.device.type, p.dtype) is None:
         return None
     v = row.state["exp_avg_sq"] if numbers.direction.beta2 is not None else None
     tensors = [
@@ -75,13 +64,16 @@ def _dense(row: HalfRow, numbers: StepNumbers) -> tuple | None:
     if not all(t.is_contiguous() and t.device == p.device for t in tensors if t is not None):
         return None
     first = sharding.first_index(row.p)
-    if tensors[-1].dtype != p.dtype or first is None or first >> 32 != (first + p.numel()) >> 32:
+    if tensors[-1].dtype != p.dtype or first is None:
         return None
-    return (*tensors, first, row.key)
+    if p.device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
+        return None
+    return DenseHalfRow(*tensors, first, row.key)
 
 
 def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:
-    p, grad, state, storage, key = row
+    p, grad, state, storage, random_key = row
+    key = precision.rounding_key(*random_key)
     uses_v = numbers.direction.beta2 is not None
     names = ["z", *([Y_LOW] if storage.low_bits else []), *(["exp_avg_sq"] if uses_v else [])]
     for part, index in _slices({"p": p, "grad": grad, **{name: state[name] for name in names}}, p):

@@ -4,12 +4,13 @@
 |---|---|
 | "for-loop" | torch's operations, one tensor at a time |
 | "foreach"  | torch's multi-tensor operations |
-| "fused"    | on CPU, one pass over memory by numba (the extra `fast`); elsewhere, or without it, torch's fused Adam |
+| "fused"    | one pass over memory: by numba (the extra `fast`) on CPU, by triton on GPU; without, torch's fused Adam |
 | None       | "fused" |
 
 "fused" takes the tensors that it can (dense, of one dtype and device); all others are stepped one at a time.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.kernels import torch_ops
-from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
 
 Implementation = Literal["for-loop", "foreach", "fused"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("for-loop", "foreach", "fused")
@@ -34,7 +35,8 @@ Row = tuple[Tensor, Tensor, Tensor | None, Tensor]
 _CHUNK_ELEMENTS = 2**22
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on CPU
+_ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.float16)}
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -59,8 +61,8 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
         else:
             buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
-        kernel = one_pass_kernel(device.type) if dtype in ONE_PASS_DTYPES else None
-        if kernel is not None:
+        kernel = one_pass_kernel(device.type)
+        if kernel is not None and dtype in _ONE_PASS_DTYPES[device.type]:
             kernel(*_columns(bucket), numbers)
         elif dtype in _FUSED_DTYPES:
             torch_ops.fused_(*_columns(bucket), numbers)
@@ -71,13 +73,26 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
 
 @functools.cache
 def one_pass_kernel(device_type: str) -> Callable | None:
-    """The compiled one-pass step for a kind of device; None where there is none, or numba is not installed."""
-    if device_type != "cpu" or importlib.util.find_spec("numba") is None:
+    """The compiled one-pass step for a kind of device; None where there is none, or its compiler is not installed."""
+    if device_type == "cpu" and importlib.util.find_spec("numba") is not None:
+        with contextlib.suppress(ImportError):  # a numba that does not go with the installed numpy
+            return importlib.import_module(f"{__name__}.one_pass_cpu").step_
+    if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(f"{__name__}.one_pass_cuda")
+            return module.step_ if module.runs() else None
+    return None
+
+
+def one_pass_half_kernel(
+    device_type: str, dtype: torch.dtype
+) -> Callable[[list[DenseHalfRow], StepNumbers], None] | None:
+    """The same for half-precision parameters of a dtype whose state is stored in another way than they are."""
+    if dtype not in _ONE_PASS_DTYPES.get(device_type, ()) or one_pass_kernel(device_type) is None:
         return None
-    try:
-        return importlib.import_module(f"{__name__}.one_pass_cpu").step_
-    except ImportError:  # a numba that does not go with the installed numpy
-        return None
+    if device_type == "cpu":
+        return importlib.import_module(f"{__name__}.one_pass_half_cpu").step_
+    return importlib.import_module(f"{__name__}.one_pass_cuda").step_half_
 
 
 def switch_kernel() -> ModuleType | None:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numba import carray, njit
-from torch import Tensor
 
 from hf_schedulefree.optim import precision
-from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
 from hf_schedulefree.optim.kernels.one_pass_cpu import _bfloat16_to_float32, _compiled, _pointer
 from hf_schedulefree.optim.kernels.threads import run_parts
 
@@ -22,11 +21,6 @@ _PLAIN, _COLLECT, _NORMALIZE = 0, 1, 2
 _INDEX = np.uint32(precision.INDEX_MULTIPLIERS[0])
 _FIRST, _SECOND, _THIRD, _FOURTH = (np.uint32(multiplier) for multiplier in precision.MULTIPLIERS)
 _NAN = np.uint16(0x7FC0)
-
-
-# y, y_low, z, v (each None where there is none), the gradient: contiguous and of one shape; the global index of the
-# first element (the others follow, none crosses a multiple of 2^32), and the key of the random numbers.
-DenseRow = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, int, tuple[int, int]]
 
 
 # As `precision.random_bits` and `bits_for`; `h` is what the formula there begins with.
@@ -127,21 +121,21 @@ def _step(low_bits: bool, wide: bool, kind: int) -> Callable:
     return step
 
 
-def step_(rows: Sequence[DenseRow], numbers: StepNumbers) -> None:
-    """One step in place for bfloat16 parameters on CPU whose state is stored alike."""
+def step_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
+    """One step in place for bfloat16 parameters on CPU whose state is stored alike; no index crosses 2^32."""
     table = np.empty((len(rows), 6), np.int64)
     random_state = np.empty((len(rows), 2), np.uint32)
-    for i, (y, y_low, z, v, grad, first, key) in enumerate(rows):
+    for i, (y, y_low, z, v, grad, first, random_key) in enumerate(rows):
         # A tensor that there is not is never touched; any address will do.
         tensors = (y, y if y_low is None else y_low, z, z if v is None else v, grad)
         table[i] = [*(tensor.data_ptr() for tensor in tensors), y.numel()]
+        key = precision.rounding_key(*random_key)
         random_state[i] = precision.first_hash(key, first), key[1]
     _, y_low, z, *_ = rows[0]
-    lr, beta, c, weight_decay, direction = numbers
+    lr, _, c, weight_decay, direction = numbers
     kind = _PLAIN if direction.beta2 is None else _NORMALIZE if direction.normalizes else _COLLECT
     compiled = _step(y_low is not None, z.dtype == torch.float32, kind)
-    a = lr * (beta * (1 - c) - 1)
-    scalars = (lr, a, c, weight_decay, direction.beta2 or 0.0, 1 / direction.correction, direction.eps)
+    scalars = (lr, numbers.y_factor, c, weight_decay, direction.beta2 or 0.0, 1 / direction.correction, direction.eps)
 
     def work(first: int, last: int) -> None:
         compiled(table, random_state, first, last, *map(float, scalars))

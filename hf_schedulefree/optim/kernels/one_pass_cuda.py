@@ -1,0 +1,185 @@
+"""The step on GPU in one pass over memory: one launch for all tensors that are stored alike. Needs triton.
+
+A step waits for nothing and uploads ten numbers, and the table of addresses if it has changed. Both are read from
+device memory: nothing is compiled again when they change, and a captured launch reads what they hold at its replay.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from hf_schedulefree.optim.directions import Direction
+from hf_schedulefree.optim.kernels import one_pass_triton
+from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
+from hf_schedulefree.optim.precision import RandomKey
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+# The kernel may read 16 bytes at a time where all addresses are multiples of 16.
+_ALIGNMENT = 16
+
+# A program takes one chunk of a tensor, and of that one block at a time; a block has 8 elements for each thread.
+CHUNK, BLOCK, WARPS = 8192, 1024, 4
+
+_NO_KEY = RandomKey(0, 0, 0)
+
+
+def runs() -> bool:
+    """Whether Triton compiles for the current GPU and launches there: tried out, on one element."""
+    if not (torch.cuda.is_available() and isinstance(one_pass_triton.step, JITFunction)):
+        return False  # under TRITON_INTERPRET=1 the kernel would read a GPU's addresses from the CPU
+    try:
+        y, z, gradient = torch.zeros(3, 1, device="cuda").unbind()
+        step_([y], [z], [], [gradient], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
+    except Exception as error:  # no C compiler, an old GPU, a driver that does not go with triton: it may be anything
+        logger.info("The one-pass kernel does not run on this GPU, torch's operations do. Triton says: %s", error)
+        return False
+    return True
+
+
+def step_(
+    y: Sequence[Tensor], z: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor], numbers: StepNumbers
+) -> None:
+    """One step in place over contiguous tensors of one device and floating-point dtype."""
+    rows = [
+        DenseHalfRow(a, None, b, c, g, 0, _NO_KEY) for a, b, c, g in zip(y, z, v or [None] * len(y), grads, strict=True)
+    ]
+    _launch(rows, numbers, stochastic=False)
+
+
+def step_half_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
+    """One step in place for half-precision parameters of one device and dtype, whose state is stored alike."""
+    _launch(rows, numbers, stochastic=True)
+
+
+def _launch(rows: Sequence[DenseHalfRow], numbers: StepNumbers, *, stochastic: bool) -> None:
+    y, y_low, z, v, *_, key = rows[0]
+    table, chunks = _table(rows)
+    if not chunks:
+        return
+    with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
+        one_pass_triton.step[(chunks,)](
+            table,
+            _numbers(numbers, key.step, y.device),
+            P=_KINDS[y.dtype],
+            Z=_KINDS[z.dtype],
+            V=_KINDS[z.dtype if v is None else v.dtype],
+            REAL=tl.float64 if y.dtype == torch.float64 else tl.float32,
+            LOW_BITS=y_low is not None,
+            STOCHASTIC=stochastic,
+            HAS_V=v is not None,
+            PART=CHUNK,
+            STEP=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,  # every operation is rounded, as on CPU
+        )
+    torch.autograd.graph.increment_version([row.y for row in rows])  # autograd must notice, as for torch's operations
+
+
+def _numbers(numbers: StepNumbers, step: int | Tensor, device: torch.device) -> Tensor:
+    """What `one_pass_triton.NUMBERS` lists, on the device."""
+    lr, _, c, weight_decay, direction = numbers
+    beta2 = direction.beta2 or 0.0
+    values = [lr, numbers.y_factor, c, weight_decay, beta2, 1 - beta2, 1 / direction.correction, direction.eps]
+    values += [direction.normalizes, step]
+    if any(isinstance(value, Tensor) for value in values):  # nothing of it is known here, nor needs to be
+        return torch.stack(
+            [
+                value.to(device, torch.float64)
+                if isinstance(value, Tensor)
+                else torch.full((), float(value), dtype=torch.float64, device=device)
+                for value in values
+            ]
+        )
+    return _upload(np.array(values, np.float64), device)
+
+
+# The tables
+
+
+class _Table(NamedTuple):
+    tensor: Tensor
+    staged: Tensor | None  # the host memory that a captured upload reads again at every replay
+
+
+_MOST_TABLES = 64
+_tables: OrderedDict[tuple, _Table] = OrderedDict()
+_captured: list[_Table] = []
+_spare: dict[int, Tensor] = {}
+_lock = threading.Lock()
+
+
+def _table(rows: Sequence[DenseHalfRow]) -> tuple[Tensor, int]:
+    """What `one_pass_triton.COLUMNS` lists, on the device, and the number of chunks of all rows."""
+    columns = np.empty((len(one_pass_triton.COLUMNS), len(rows)), np.int64)
+    chunks, elements, aligned, y, y_low, z, v, gradient, first, seed, parameter = columns
+    elements[:] = [row.y.numel() for row in rows]
+    y[:] = [row.y.data_ptr() for row in rows]
+    z[:] = [row.z.data_ptr() for row in rows]
+    gradient[:] = [row.grad.data_ptr() for row in rows]
+    # A tensor that there is not is never touched; any address will do.
+    y_low[:] = y if rows[0].y_low is None else [row.y_low.data_ptr() for row in rows]
+    v[:] = z if rows[0].v is None else [row.v.data_ptr() for row in rows]
+    first[:] = [row.first for row in rows]
+    seed[:] = [_wrapped(row.key.seed) for row in rows]
+    parameter[:] = [row.key.parameter for row in rows]
+    aligned[:] = (columns[3:8] % _ALIGNMENT == 0).all(0)
+    chunks[:] = np.cumsum(-(-elements // CHUNK))
+    table = np.concatenate(([len(rows)], columns.ravel()))
+    return _on_device(table, rows[0].y.device), int(chunks[-1])
+
+
+def _wrapped(number: int) -> int:
+    """Any whole number as the int64 with the same lower 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _on_device(table: np.ndarray, device: torch.device) -> Tensor:
+    """A table, uploaded unless the same one is there already."""
+    if device.type != "cuda":
+        return torch.from_numpy(table)
+    capturing = torch.cuda.is_current_stream_capturing()
+    # Other streams do not wait for an upload.
+    key = (device, torch.cuda.current_stream(device).cuda_stream, table.tobytes())
+    with _lock:
+        found = _tables.get(key)
+        if found is None:
+            found = _upload_table(table, device, capturing)
+        if capturing:  # the graph reads this memory whenever it is replayed
+            _captured.append(found)
+        else:
+            _tables[key] = found
+            _tables.move_to_end(key)
+            if len(_tables) > _MOST_TABLES:
+                _tables.popitem(last=False)
+    return found.tensor
+
+
+def _upload_table(table: np.ndarray, device: torch.device, capturing: bool) -> _Table:
+    staged = _spare.pop(table.size, None) if capturing else None
+    staged = torch.from_numpy(table).pin_memory() if staged is None else staged.copy_(torch.from_numpy(table))
+    if not capturing and table.size not in _spare:  # pinned memory must not be asked for during a capture
+        _spare[table.size] = torch.empty_like(staged, pin_memory=True)
+    return _Table(staged.to(device, non_blocking=True), staged if capturing else None)
+
+
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting: torch keeps the pinned memory until it has been read."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
