@@ -54,7 +54,7 @@ def describe_weights(card_file: Path, optimizer_name: str, group: Mapping[str, A
     before, _, _ = card.text.partition(f"\n{HEADING}")
     settings = {name: group[name] for name in _SETTINGS if group.get(name) is not None}
     if group.get("k"):
-        settings["steps"] = group["k"]
+        settings["steps"] = int(group["k"])
     rows = "\n".join(f"| {name} | {_readable(value)} |" for name, value in settings.items())
     card.text = f"""{before.rstrip()}
 

@@ -41,7 +41,7 @@ def averaging_weight(group: dict[str, Any]) -> float | None:
         return None
     r, power = group["r"], group["weight_lr_power"]
     _, weight = averaging.averaging_weight(group["k"] - 1, group["lr_max"], r, power, weight_sum=0.0)
-    return weight / group["weight_sum"] if group["weight_sum"] else 0.0
+    return float(weight / group["weight_sum"]) if group["weight_sum"] else 0.0
 
 
 @torch.no_grad()

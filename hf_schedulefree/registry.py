@@ -99,6 +99,7 @@ _COMMON_OPTIONS = {
     "implementation": str,
     "state_precision": str,
     "rounding_seed": int,
+    "capturable": _parse_bool,
 }
 _ADAM_FIELDS = {
     **_COMMON_FIELDS,

@@ -6,6 +6,7 @@ In a process of its own: TRITON_INTERPRET must be set before triton is imported,
 import pytest
 import torch
 from cases import CASES
+from tape import Tape
 from test_kernels import (
     DIRECTIONS,
     SHAPES,
@@ -17,10 +18,11 @@ from test_kernels import (
     run_and_compare,
     tensors,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_schedulefree.optim import AdamWScheduleFree, kernels, precision, precision_step
 from hf_schedulefree.optim.kernels import one_pass_cuda, one_pass_triton, torch_ops
-from hf_schedulefree.optim.kernels.numbers import DenseHalfRow
+from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
 from hf_schedulefree.optim.precision import RandomKey
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -117,7 +119,7 @@ def half_rows(dtype, state_precision, sizes=SIZES, seed=-3):
         state = {"z": z.to(storage.z), "exp_avg_sq": torch.rand(size, generator=generator).to(storage.moments)}
         if storage.low_bits:
             state["y_low"] = low
-        yield precision_step.HalfRow(p, (g * 0.1).to(dtype), state, storage, RandomKey(seed, 5, number))
+        yield precision_step.HalfRow(p, (g * 0.1).to(dtype), state, storage, RandomKey(seed, number))
 
 
 def kept(rows):
@@ -163,10 +165,12 @@ def test_float16_is_that_of_torchs_operations(kind, state_precision, on_cpu):
 def test_random_bits_follow_the_global_index(first, dtype, small_chunks):
     (row,) = half_rows(dtype, "split", sizes=[300])
     wanted = row.state["z"].float() - torch.tensor(0.01) * row.grad.float()
-    bits = precision.random_bits(precision.rounding_key(*row.key), torch.arange(first, first + 300))
+    bits = precision.random_bits(
+        precision.rounding_key(row.key.seed, 5, row.key.parameter), torch.arange(first, first + 300)
+    )
     wanted = precision.round_stochastically(wanted, dtype, precision.bits_for("z", bits))
     dense = DenseHalfRow(row.p, row.state["y_low"], row.state["z"], None, row.grad, first, row.key)
-    one_pass_cuda.step_half_([dense], numbers_for("sgd"))
+    one_pass_cuda.step_half_([dense], numbers_for("sgd", k=5))
     assert torch.equal(row.state["z"][7:], wanted[7:])  # the first values are no numbers
 
 
@@ -253,3 +257,49 @@ def test_a_run_has_the_bits_of_a_run_on_cpu(kind, setting, dtype, monkeypatch):
 
 def test_no_gpu_is_read_by_the_interpreter():
     assert not one_pass_cuda.runs()
+
+
+@pytest.mark.parametrize(("kind", "setting", "dtype"), [*RUNS[4::5], *RUNS[-4:]], ids=str)
+def test_a_captured_launch_makes_the_next_steps(kind, setting, dtype, on_cpu, monkeypatch):
+    """On a tape, as in a CUDA graph: at a replay the kernel reads what the operations before it have counted."""
+    monkeypatch.setattr(StepNumbers, "on", lambda self, device: self)  # tensors, as on a GPU
+    shapes = [(5,), ()]
+
+    def gradients(params, seed):
+        for p, g in zip(params, tensors(shapes, dtype, seed=seed)[3], strict=True):
+            p.grad = g if p.grad is None else p.grad.copy_(g)
+
+    found = []
+    for captured in (True, False):
+        params = [torch.nn.Parameter(t) for t in tensors(shapes, dtype)[0]]
+        optimizer = CASES[kind].ours(params, **CASES[kind].options(setting), capturable=True)
+        optimizer.train()
+        for step in range(2 if captured else 8):
+            gradients(params, step)
+            optimizer.step()
+        if captured:
+            gradients(params, 2)
+            with Tape() as tape, monkeypatch.context() as context:
+                context.setattr(one_pass_triton, "step", recorded(tape, one_pass_triton.step))
+                optimizer.step()
+            for step in range(3, 8):
+                gradients(params, step)
+                tape.replay()
+        assert optimizer.param_groups[0]["k"] == 8
+        found.append([[p, *optimizer.state[p].values()] for p in params])
+    assert_equal(*found)
+
+
+def recorded(tape, kernel):
+    """The kernel, each of whose launches is one operation on the tape."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                with _disable_current_modes():
+                    kernel[grid](*args, **options)
+                tape.record(kernel[grid], args, options)
+
+            return launch
+
+    return Kernel()

@@ -32,6 +32,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         foreach: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
+        capturable: whether `step` may be captured in a CUDA graph, see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,6 +62,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         implementation: Implementation | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
+        capturable: bool = False,
     ):
         options = {
             "lr": lr,
@@ -72,6 +74,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
             "weight_lr_power": weight_lr_power,
             "state_precision": state_precision,
             "rounding_seed": rounding_seed,
+            "capturable": capturable,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 

@@ -12,22 +12,41 @@ Only y and z are stored. Eliminating x gives both readings of the pair and one u
     y       = x + (1 - beta) (z - x)
     y_{t+1} = (1 - c) y_t + c z_t + lr (beta (1 - c) - 1) d_t
 
-`k` counts finished steps, so the first step is taken at k = 0. Scalars are Python floats (double precision), tensors
-are in the dtype of the parameter.
+`k` counts finished steps, so the first step is taken at k = 0. Scalars (type `Scalar`) are Python floats, or for
+optimizers with `capturable=True` 0-dimensional tensors on the device, both in double precision: the same formulas, none
+of which looks at a value. Other tensors are in the dtype of the parameter.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+Scalar = float | Tensor
 
-def warmup_factor(k: int, warmup_steps: int) -> float:
+# Below every sum of weights but zero: a denominator for the case that all weights, so this one, are zero.
+_TINY = math.ulp(0.0)
+
+
+def at_least(value: Scalar, bound: Scalar) -> Scalar:
+    """The larger of the two, a tensor if `value` is one."""
+    return value.clamp(min=bound) if isinstance(value, Tensor) else max(value, bound)
+
+
+def at_most(value: Scalar, bound: Scalar) -> Scalar:
+    """The smaller of the two, a tensor if `value` is one."""
+    return value.clamp(max=bound) if isinstance(value, Tensor) else min(value, bound)
+
+
+def warmup_factor(k: Scalar, warmup_steps: int) -> Scalar:
     """Linear warm-up: (k + 1) / warmup_steps for the first `warmup_steps` steps, 1.0 from then on."""
-    return (k + 1) / warmup_steps if k < warmup_steps else 1.0
+    return at_most((k + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
 
 
-def averaging_weight(k: int, lr_max: float, r: float, weight_lr_power: float, weight_sum: float) -> tuple[float, float]:
+def averaging_weight(
+    k: Scalar, lr_max: Scalar, r: float, weight_lr_power: float, weight_sum: Scalar
+) -> tuple[Scalar, Scalar]:
     """The weight c_{k+1} with which z_{k+1} enters the average x_{k+1} (paper, section 3: c = w_{k+1} / sum of all w).
 
     Args:
@@ -41,8 +60,8 @@ def averaging_weight(k: int, lr_max: float, r: float, weight_lr_power: float, we
         c in [0, 1], and the new `weight_sum`. c is 0.0 while every weight so far is zero (a learning rate of zero).
     """
     weight = (k + 1) ** r * lr_max**weight_lr_power
-    weight_sum += weight
-    return (weight / weight_sum if weight_sum else 0.0), weight_sum
+    weight_sum = weight_sum + weight
+    return weight / at_least(weight_sum, _TINY), weight_sum
 
 
 def x_from_y(y: Tensor, z: Tensor, beta: float) -> Tensor:
@@ -71,10 +90,25 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(whole_numbers), b.view(whole_numbers))
 
 
+def direction_factor(lr: Scalar, beta: float, c: Scalar) -> Scalar:
+    """The factor of d_t in y_{t+1}."""
+    return lr * (beta * (1 - c) - 1)
+
+
 def update_(
-    y: Sequence[Tensor], z: Sequence[Tensor], direction: Sequence[Tensor], *, lr: float, beta: float, c: float
+    y: Sequence[Tensor], z: Sequence[Tensor], direction: Sequence[Tensor], *, lr: Scalar, beta: float, c: Scalar
 ) -> None:
     """One schedule-free step in place, over lists of tensors of equal shapes: y_t, z_t become y_{t+1}, z_{t+1}."""
-    torch._foreach_lerp_(y, z, c)
-    torch._foreach_add_(y, direction, alpha=lr * (beta * (1 - c) - 1))
-    torch._foreach_add_(z, direction, alpha=-lr)
+    if isinstance(c, Tensor):
+        _add_scaled_(y, torch._foreach_sub(z, y), c)
+    else:
+        torch._foreach_lerp_(y, z, c)
+    _add_scaled_(y, direction, direction_factor(lr, beta, c))
+    _add_scaled_(z, direction, -lr)
+
+
+def _add_scaled_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Scalar) -> None:
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(tensors, torch._foreach_mul(others, factor))
+    else:
+        torch._foreach_add_(tensors, others, alpha=factor)

@@ -9,7 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, conversion, kernels, precision, precision_step, sharding, switching
+from hf_schedulefree.optim import (
+    averaging,
+    capturable,
+    conversion,
+    kernels,
+    precision,
+    precision_step,
+    sharding,
+    switching,
+)
+from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
@@ -20,7 +30,7 @@ from hf_schedulefree.optim.precision_step import HalfRow
 logger = logging.getLogger(__name__)
 
 # Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
-_FRESH_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
+_FRESH_COUNTERS = dict(zip(capturable.COUNTERS, (0, 0.0, -1.0, 0.0), strict=True))
 
 # `parked_k` of a group whose y is in the model, not in the state.
 _NOT_PARKED = -1
@@ -54,7 +64,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups; a group may override every option below.
-        options: the group defaults (lr, weight_decay, warmup_steps, r, weight_lr_power and the subclass's own).
+        options: the group defaults (lr, weight_decay, warmup_steps, r, weight_lr_power, capturable and the subclass's
+            own). With capturable=True, `step` may be captured in a CUDA graph after a first step: the counters are
+            tensors on the device, and so is an `lr` that is to change from replay to replay.
         implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations), "fused" (one pass over
             memory, where a compiler is at hand: see `kernels`) or None (the fastest that the tensors allow). All give
             the same numbers within rounding.
@@ -91,7 +103,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         """The interpolation factor between z (0) and x (1) at which gradients are taken."""
         raise NotImplementedError
 
-    def _lr_factor(self, group: dict[str, Any]) -> float:
+    def _lr_factor(self, group: dict[str, Any]) -> Scalar:
         """The factor on the group's `lr` at this step; by default the linear warm-up."""
         return averaging.warmup_factor(group["k"], group["warmup_steps"])
 
@@ -123,7 +135,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                 if "y" not in state:
                     state["y"] = p.detach().clone(memory_format=torch.preserve_format)
             switching.show_x(started, self._beta(group), one_pass=self._one_pass)
-            group["parked_k"] = group["k"]
+            group["parked_k"] = int(group["k"])
             group["train_mode"] = False
 
     @torch.no_grad()
@@ -205,7 +217,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             conversion.convert(p, state, self._storage(group, p))
             if group["train_mode"] is False:
                 state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                group["parked_k"] = group["k"]
+                group["parked_k"] = int(group["k"])
         return state
 
     def _storage(self, group: dict[str, Any], p: Tensor) -> Storage | None:
@@ -224,6 +236,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
+            group.update(capturable.plain_counters(group))
         state_dict["state"] = {i: conversion.gatherable(state) for i, state in state_dict["state"].items()}
         return state_dict
 
@@ -231,17 +244,18 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a state that was kept in another precision (also by `schedulefree`) is converted to this one's.
 
-        The precision is this object's choice, as the dtype of the parameters is; the rounding seed is that of the run.
+        Precision and `capturable` are this object's choice, as the dtype of the parameters is; the rounding seed is
+        that of the run.
         """
         loaded: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
-        chosen = [group["state_precision"] for group in self.param_groups]
+        own = [{name: group[name] for name in ("state_precision", "capturable")} for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for group, state_precision in zip(self.param_groups, chosen, strict=True):
-            group["state_precision"] = state_precision
+        for group, choices in zip(self.param_groups, own, strict=True):
+            group.update(choices)
         conversion.undo_casts(self, loaded[0])
         changes: Counter[str] = Counter()
         for group in self.param_groups:
@@ -311,6 +325,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capturable.check_capture(self)
         for index, group in enumerate(self.param_groups):
             if group["params"]:
                 self._recall_counters(group)
@@ -329,6 +344,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     def _recall_counters(self, group: dict[str, Any]) -> None:
         """Before a step: give the group the counters of the parameters that it holds now."""
+        if group["capturable"]:
+            return
         key = id(group)  # not its place: DeepSpeed ZeRO-1 and -2 show one group at a time
         own = next((state.get("counters") for _, state in self._started(group)), None)
         stepped = self._stepped.get(key)
@@ -346,6 +363,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     def _keep_counters(self, group: dict[str, Any]) -> None:
         """After a step: keep the group's counters with its parameters, if the group is stepped in parts."""
+        if group["capturable"]:
+            return
         self._stepped[id(group)] = list(group["params"])
         if id(group) in self._in_parts:
             self._store_counters(group, group["params"])
@@ -356,13 +375,15 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                 self.state[p]["counters"] = {name: group[name] for name in _FRESH_COUNTERS}
 
     def _step_group(self, index: int, group: dict[str, Any]) -> None:
-        lr = float(group["lr"]) * self._lr_factor(group)
-        group["scheduled_lr"] = lr  # the rate this step really used, for logging
-        group["lr_max"] = max(lr, group["lr_max"])
-        c, group["weight_sum"] = averaging.averaging_weight(
+        capturable.place_counters(group)
+        lr = capturable.learning_rate(group) * self._lr_factor(group)
+        capturable.set_counter(group, "scheduled_lr", lr)  # the rate this step really used, for logging
+        capturable.set_counter(group, "lr_max", averaging.at_least(lr, group["lr_max"]))
+        c, weight_sum = averaging.averaging_weight(
             group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
         )
-        numbers = StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group))
+        capturable.set_counter(group, "weight_sum", weight_sum)
+        numbers = StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), group["k"])
         rows: list[kernels.Row] = []
         half_rows: list[HalfRow] = []
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
@@ -376,13 +397,13 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if storage is None:
                 rows.append((p, state["z"], state.get("exp_avg_sq"), p.grad))
                 continue
-            key = RandomKey(group["rounding_seed"], group["k"], position)
+            key = RandomKey(group["rounding_seed"], position)
             half_rows.append(HalfRow(p, p.grad, state, storage, key))
         if rows:
             kernels.step_(rows, numbers, self.implementation)
         if half_rows:
             precision_step.step_(half_rows, numbers, self.implementation)
-        group["k"] += 1
+        capturable.set_counter(group, "k", group["k"] + 1)
 
     def _is_dry_run(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to create the state: a step at lr 0 on zero gradients.

@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or v in precision.STATE_PRECISIONS,
         f"None or one of {precision.STATE_PRECISIONS}",
     ),
+    "capturable": (lambda v: isinstance(v, bool), "True or False"),
     "rounding_seed": (lambda v: isinstance(v, int), "a whole number"),
     "betas": (
         lambda v: len(v) == 2 and all(map(_finite, v)) and 0 < v[0] < 1 and 0 <= v[1] < 1,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_schedulefree.optim import averaging, sharding
+from hf_schedulefree.optim.averaging import Scalar
 
 StatePrecision = Literal["split", "stochastic", "full", "parameter"]
 STATE_PRECISIONS: tuple[StatePrecision, ...] = ("split", "stochastic", "full", "parameter")
@@ -154,28 +155,29 @@ SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class RandomKey(NamedTuple):
-    """What the random numbers of one parameter at one step follow from: the arguments of `rounding_key`."""
+    """What the random numbers of one parameter follow from, besides the step: see `rounding_key`."""
 
     seed: int
-    step: int
     parameter: int
 
 
-def rounding_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
+def rounding_key(seed: int, step: Scalar, parameter: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """The key of one parameter's random numbers at one step: twice 32 bits.
 
     Args:
         seed: of the run.
-        step: finished steps, `k` of the group.
+        step: finished steps, `k` of the group; a tensor makes tensors (int64) of the halves.
         parameter: its position among all parameters of the optimizer.
     """
+    # Sums and products of an int64 tensor wrap by themselves.
+    step = step.to(torch.int64) if isinstance(step, Tensor) else int(step)
     key = 0
     for word in (seed, step, parameter):  # SplitMix64, absorbing a word at a time
-        key = (key + word + SPLITMIX[0]) & _MASK64
-        key = (key ^ (key >> 30)) * SPLITMIX[1] & _MASK64
-        key = (key ^ (key >> 27)) * SPLITMIX[2] & _MASK64
-        key ^= key >> 31
-    return key & 0xFFFFFFFF, key >> 32
+        key = _wrapped(key + word + _signed(SPLITMIX[0], 64))
+        key = _wrapped((key ^ _shifted(key, 30, 64)) * _signed(SPLITMIX[1], 64))
+        key = _wrapped((key ^ _shifted(key, 27, 64)) * _signed(SPLITMIX[2], 64))
+        key = key ^ _shifted(key, 31, 64)
+    return key & 0xFFFFFFFF, _shifted(key, 32, 64)
 
 
 def random_bits(key: tuple[int, int], index: Tensor) -> Tensor:
@@ -212,13 +214,21 @@ def bits_for(name: str, bits: Tensor) -> Tensor:
     return _shifted(bits, 16)
 
 
-def _signed(bits: int) -> int:
-    return bits - 2**32 if bits >= 2**31 else bits
+def _wrapped(number: int | Tensor) -> int | Tensor:
+    """The lower 64 bits as a signed number; an int64 tensor has no others."""
+    return number if isinstance(number, Tensor) else _signed(number & _MASK64, 64)
 
 
-def _shifted(bits: Tensor, by: int) -> Tensor:
+def _signed(bits: int | Tensor, width: int = 32) -> int | Tensor:
+    """Unsigned bits as the signed number with the same ones."""
+    if isinstance(bits, Tensor):
+        return bits.to({32: torch.int32, 64: torch.int64}[width])
+    return bits - 2**width if bits >= 2 ** (width - 1) else bits
+
+
+def _shifted(bits: int | Tensor, by: int, width: int = 32) -> int | Tensor:
     """An unsigned shift to the right."""
-    return (bits >> by).bitwise_and_(2 ** (32 - by) - 1)
+    return (bits >> by) & (2 ** (width - by) - 1)
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:

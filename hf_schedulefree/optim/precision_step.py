@@ -48,7 +48,7 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
         else:
             dense.setdefault((tensors.y.device, tensors.y.dtype, row.storage), []).append(tensors)
     for (device, dtype, _), alike in dense.items():
-        kernels.one_pass_half_kernel(device.type, dtype)(alike, numbers)
+        kernels.one_pass_half_kernel(device.type, dtype)(alike, numbers.on(device))
 
 
 def _dense(row: HalfRow, numbers: StepNumbers) -> DenseHalfRow | None:
@@ -73,7 +73,8 @@ def _dense(row: HalfRow, numbers: StepNumbers) -> DenseHalfRow | None:
 
 def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:
     p, grad, state, storage, random_key = row
-    key = precision.rounding_key(*random_key)
+    numbers = numbers.on(p.device)
+    key = precision.rounding_key(random_key.seed, numbers.k, random_key.parameter)
     uses_v = numbers.direction.beta2 is not None
     names = ["z", *([Y_LOW] if storage.low_bits else []), *(["exp_avg_sq"] if uses_v else [])]
     for part, index in _slices({"p": p, "grad": grad, **{name: state[name] for name in names}}, p):

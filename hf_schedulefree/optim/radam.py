@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import directions
+from hf_schedulefree.optim import averaging, directions
+from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import Implementation
@@ -16,8 +17,8 @@ from hf_schedulefree.optim.precision import StatePrecision
 _SHORTEST_AVERAGE = 4.0
 
 
-def rectification(k: int, beta2: float) -> float | None:
-    """RAdam's factor on the learning rate after `k` finished steps; None while v has seen too few of them.
+def rectification(k: Scalar, beta2: float) -> Scalar:
+    """RAdam's factor on the learning rate after `k` finished steps; 0.0 while v has seen too few of them.
 
     Source: Liu et al. 2020, https://arxiv.org/abs/1908.03265, algorithm 2:
 
@@ -27,9 +28,9 @@ def rectification(k: int, beta2: float) -> float | None:
     """
     t = k + 1
     longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * t * beta2**t / (1 - beta2**t)
-    if length <= _SHORTEST_AVERAGE:
-        return None
+    if longest <= _SHORTEST_AVERAGE:
+        return 0.0 * t
+    length = averaging.at_least(longest - 2 * t * beta2**t / (1 - beta2**t), _SHORTEST_AVERAGE)
     return ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
 
 
@@ -52,6 +53,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         implementation: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
+        capturable: whether `step` may be captured in a CUDA graph, see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -72,6 +74,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         implementation: Implementation | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
+        capturable: bool = False,
     ):
         options = {
             "lr": lr,
@@ -83,22 +86,21 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
             "silent_sgd_phase": silent_sgd_phase,
             "state_precision": state_precision,
             "rounding_seed": rounding_seed,
+            "capturable": capturable,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["betas"][0]
 
-    def _lr_factor(self, group: dict[str, Any]) -> float:
+    def _lr_factor(self, group: dict[str, Any]) -> Scalar:
         factor = rectification(group["k"], group["betas"][1])
-        if factor is None:
-            return 0.0 if group["silent_sgd_phase"] else 1.0
-        return factor
+        return factor if group["silent_sgd_phase"] else factor + (factor == 0)
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         beta2 = group["betas"][1]
-        rectified = rectification(group["k"], beta2) is not None
+        rectified = rectification(group["k"], beta2) > 0
         return directions.adaptive(beta2, group["eps"], group["k"], normalizes=rectified)

@@ -28,6 +28,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         implementation: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
+        capturable: whether `step` may be captured in a CUDA graph, see `ScheduleFreeOptimizer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -47,6 +48,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         implementation: Implementation | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
+        capturable: bool = False,
     ):
         options = {
             "lr": lr,
@@ -57,6 +59,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
             "weight_lr_power": weight_lr_power,
             "state_precision": state_precision,
             "rounding_seed": rounding_seed,
+            "capturable": capturable,
         }
         super().__init__(params, options, implementation=implementation, foreach=foreach)
 

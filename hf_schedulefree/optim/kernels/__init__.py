@@ -44,12 +44,19 @@ def step_(rows: Sequence[Row], numbers: StepNumbers, implementation: Implementat
     """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1; gradients keep their values."""
     if implementation == "for-loop":
         for row in rows:
-            torch_ops.foreach_(*_columns([row]), numbers)
+            _foreach([row], numbers)
     elif implementation == "foreach":
-        for chunk in _chunks(rows):
-            torch_ops.foreach_(*_columns(chunk), numbers)
+        _foreach(rows, numbers)
     else:
         _fused(rows, numbers)
+
+
+def _foreach(rows: Sequence[Row], numbers: StepNumbers) -> None:
+    devices = [rows[0][0].device] if numbers.are_plain else dict.fromkeys(row[0].device for row in rows)
+    for device in devices:
+        here = rows if len(devices) == 1 else [row for row in rows if row[0].device == device]
+        for chunk in _chunks(here):
+            torch_ops.foreach_(*_columns(chunk), numbers.on(device))
 
 
 def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
@@ -57,18 +64,17 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
     for row in rows:
         local = dense(row)
         if local is None:
-            torch_ops.foreach_(*_columns([row]), numbers)
+            _foreach([row], numbers)
         else:
             buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
         kernel = one_pass_kernel(device.type)
         if kernel is not None and dtype in _ONE_PASS_DTYPES[device.type]:
-            kernel(*_columns(bucket), numbers)
-        elif dtype in _FUSED_DTYPES:
-            torch_ops.fused_(*_columns(bucket), numbers)
+            kernel(*_columns(bucket), numbers.on(device))
+        elif dtype in _FUSED_DTYPES and numbers.on(device).are_plain:
+            torch_ops.fused_(*_columns(bucket), numbers.on(device))
         else:
-            for chunk in _chunks(bucket):
-                torch_ops.foreach_(*_columns(chunk), numbers)
+            _foreach(bucket, numbers)
 
 
 @functools.cache

@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from hf_schedulefree.optim import averaging
+from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.precision import RandomKey
 
@@ -17,18 +20,41 @@ class StepNumbers(NamedTuple):
         c: the weight of z_{t+1} in x_{t+1}.
         weight_decay: taken at y.
         direction: the base optimizer's numbers.
+        k: finished steps.
     """
 
-    lr: float
+    lr: Scalar
     beta: float
-    c: float
+    c: Scalar
     weight_decay: float
     direction: Direction
+    k: Scalar = 0
 
     @property
-    def y_factor(self) -> float:
-        """The factor of the direction in y_{t+1} = (1 - c) y_t + c z_t + lr (beta (1 - c) - 1) d_t."""
-        return self.lr * (self.beta * (1 - self.c) - 1)
+    def direction_factor(self) -> Scalar:
+        """The factor of the direction in y_{t+1}."""
+        return averaging.direction_factor(self.lr, self.beta, self.c)
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether all are Python's numbers; if not, those that change from step to step are tensors."""
+        return not isinstance(self.k, Tensor)
+
+    def on(self, device: torch.device) -> "StepNumbers":
+        """These numbers for tensors on a device: for a CPU, plain ones."""
+        if self.are_plain:
+            return self
+        convert = _plain if device.type == "cpu" else lambda value: _moved(value, device)
+        direction = Direction(*map(convert, self.direction))
+        return StepNumbers(*map(convert, self._replace(direction=None)))._replace(direction=direction)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _moved(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class DenseHalfRow(NamedTuple):

@@ -133,10 +133,18 @@ def step_(
     for column, tensors in enumerate((y, z, v or y, grads)):
         table[:, column] = [tensor.data_ptr() for tensor in tensors]
     table[:, 4] = [tensor.numel() for tensor in y]
-    lr, _, c, weight_decay, direction = numbers
+    lr, _, c, weight_decay, direction, _ = numbers
     kind = _PLAIN if direction.beta2 is None else _NORMALIZE if direction.normalizes else _COLLECT
     compiled = _STEPS[y[0].dtype]
-    scalars = (lr, numbers.y_factor, c, weight_decay, direction.beta2 or 0.0, 1 / direction.correction, direction.eps)
+    scalars = (
+        lr,
+        numbers.direction_factor,
+        c,
+        weight_decay,
+        direction.beta2 or 0.0,
+        1 / direction.correction,
+        direction.eps,
+    )
 
     def work(first: int, last: int) -> None:
         compiled(table, first, last, kind, *map(float, scalars))

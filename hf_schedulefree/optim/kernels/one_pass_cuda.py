@@ -37,7 +37,7 @@ _ALIGNMENT = 16
 # A program takes one chunk of a tensor, and of that one block at a time; a block has 8 elements for each thread.
 CHUNK, BLOCK, WARPS = 8192, 1024, 4
 
-_NO_KEY = RandomKey(0, 0, 0)
+_NO_KEY = RandomKey(0, 0)
 
 
 def runs() -> bool:
@@ -69,14 +69,14 @@ def step_half_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
 
 
 def _launch(rows: Sequence[DenseHalfRow], numbers: StepNumbers, *, stochastic: bool) -> None:
-    y, y_low, z, v, *_, key = rows[0]
+    y, y_low, z, v, *_ = rows[0]
     table, chunks = _table(rows)
     if not chunks:
         return
     with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
         one_pass_triton.step[(chunks,)](
             table,
-            _numbers(numbers, key.step, y.device),
+            _numbers(numbers, y.device),
             P=_KINDS[y.dtype],
             Z=_KINDS[z.dtype],
             V=_KINDS[z.dtype if v is None else v.dtype],
@@ -92,22 +92,18 @@ def _launch(rows: Sequence[DenseHalfRow], numbers: StepNumbers, *, stochastic: b
     torch.autograd.graph.increment_version([row.y for row in rows])  # autograd must notice, as for torch's operations
 
 
-def _numbers(numbers: StepNumbers, step: int | Tensor, device: torch.device) -> Tensor:
+def _numbers(numbers: StepNumbers, device: torch.device) -> Tensor:
     """What `one_pass_triton.NUMBERS` lists, on the device."""
-    lr, _, c, weight_decay, direction = numbers
+    lr, _, c, weight_decay, direction, k = numbers
     beta2 = direction.beta2 or 0.0
-    values = [lr, numbers.y_factor, c, weight_decay, beta2, 1 - beta2, 1 / direction.correction, direction.eps]
-    values += [direction.normalizes, step]
-    if any(isinstance(value, Tensor) for value in values):  # nothing of it is known here, nor needs to be
-        return torch.stack(
-            [
-                value.to(device, torch.float64)
-                if isinstance(value, Tensor)
-                else torch.full((), float(value), dtype=torch.float64, device=device)
-                for value in values
-            ]
-        )
-    return _upload(np.array(values, np.float64), device)
+    values = [lr, numbers.direction_factor, c, weight_decay, beta2, 1 - beta2, 1 / direction.correction, direction.eps]
+    values += [direction.normalizes, k]
+    if numbers.are_plain:
+        return _upload(np.array(values, np.float64), device)
+    tensors = (
+        v if isinstance(v, Tensor) else torch.full((), float(v), dtype=torch.float64, device=device) for v in values
+    )
+    return torch.stack([tensor.to(torch.float64) for tensor in tensors])  # bool and float64 ones
 
 
 # The tables

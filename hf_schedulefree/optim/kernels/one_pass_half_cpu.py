@@ -129,13 +129,21 @@ def step_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
         # A tensor that there is not is never touched; any address will do.
         tensors = (y, y if y_low is None else y_low, z, z if v is None else v, grad)
         table[i] = [*(tensor.data_ptr() for tensor in tensors), y.numel()]
-        key = precision.rounding_key(*random_key)
+        key = precision.rounding_key(random_key.seed, numbers.k, random_key.parameter)
         random_state[i] = precision.first_hash(key, first), key[1]
     _, y_low, z, *_ = rows[0]
-    lr, _, c, weight_decay, direction = numbers
+    lr, _, c, weight_decay, direction, _ = numbers
     kind = _PLAIN if direction.beta2 is None else _NORMALIZE if direction.normalizes else _COLLECT
     compiled = _step(y_low is not None, z.dtype == torch.float32, kind)
-    scalars = (lr, numbers.y_factor, c, weight_decay, direction.beta2 or 0.0, 1 / direction.correction, direction.eps)
+    scalars = (
+        lr,
+        numbers.direction_factor,
+        c,
+        weight_decay,
+        direction.beta2 or 0.0,
+        1 / direction.correction,
+        direction.eps,
+    )
 
     def work(first: int, last: int) -> None:
         compiled(table, random_state, first, last, *map(float, scalars))

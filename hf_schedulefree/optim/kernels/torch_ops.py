@@ -30,7 +30,7 @@ def fused_(
     Its first moment is aliased to the gradient: at beta1 = 0 it is the gradient, and is written back unchanged. Not for
     half precision, which x would be rounded to.
     """
-    lr, beta, c, weight_decay, direction = numbers
+    lr, beta, c, weight_decay, direction, _ = numbers
     torch._foreach_lerp_(y, z, 1 - 1 / beta)  # y holds x
     if weight_decay != 0:  # -lr * weight_decay * y, with y = (1 - beta) z + beta x
         torch._foreach_mul_(z, 1 - lr * weight_decay * (1 - beta))
