@@ -61,12 +61,15 @@ def _foreach(rows: Sequence[Row], numbers: StepNumbers) -> None:
 
 def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
     buckets: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
-    for row in rows:
-        local = dense(row)
-        if local is None:
-            _foreach([row], numbers)
-        else:
-            buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
+    if _all_plain_and_alike(rows):
+        buckets[rows[0][0].device, rows[0][0].dtype] = list(rows)
+    else:
+        for row in rows:
+            local = dense(row)
+            if local is None:
+                _foreach([row], numbers)
+            else:
+                buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
         kernel = one_pass_kernel(device.type)
         if kernel is not None and dtype in _ONE_PASS_DTYPES[device.type]:
@@ -104,6 +107,17 @@ def one_pass_half_kernel(
 def switch_kernel() -> ModuleType | None:
     """The module with the one-pass switch on CPU; None where numba is not installed."""
     return importlib.import_module(f"{__name__}.switch_cpu") if one_pass_kernel("cpu") is not None else None
+
+
+def _all_plain_and_alike(rows: Sequence[Row]) -> bool:
+    """Whether `dense` takes all rows as they are, into one bucket: the usual case, asked without a call per row."""
+    columns = [column for column in zip(*rows, strict=True) if column[0] is not None]
+    dtype, device = rows[0][0].dtype, rows[0][0].device
+    return all(
+        type(t) in _PLAIN_TENSORS and t.is_contiguous() and t.dtype == dtype and t.device == device
+        for column in columns
+        for t in column
+    )
 
 
 def dense(row: Row) -> Row | None:

@@ -1,42 +1,60 @@
-"""Threads for compiled CPU code that releases the GIL: as many as torch uses, and none left over in a forked child."""
+"""One C function in many threads: in torch's own, where its OpenMP can be called; none left over in a forked child."""
 
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Protocol
 
-import torch
 
-# Handing work to another thread takes some 20 us, as long as one thread needs for this many elements of a step.
-_ELEMENTS_PER_THREAD = 2**17
+class Work(Protocol):
+    """A compiled function `void work(intptr_t argument)`, as numba's `cfunc` makes it."""
 
-# Parts begin at multiples of this, so that no two threads write to one cache line.
-_ALIGNMENT = 1024
+    address: int
+
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _lock = threading.Lock()
+_forked = False
 
 
-def run_parts(work: Callable[[int, int], Any], elements: int) -> list[Any]:
-    """Call `work(first, last)` on parts of range(elements), in torch's number of threads; this thread takes one part.
+def run(work: Work, argument: int, count: int) -> None:
+    """Call `work(argument)` in `count` threads at once, the calling one among them; returns when all have returned.
 
-    Returns:
-        What `work` returned, in the order of the parts.
+    torch's threads go on spinning for some milliseconds after each of its operations. Others would have to share the
+    cores with them, so these are used: GOMP_parallel is what compiled OpenMP code calls (GNU's and LLVM's have it).
     """
-    count = max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
     if count == 1:
-        return [work(0, elements)]
-    size = -(-elements // (count * _ALIGNMENT)) * _ALIGNMENT
-    parts = [(first, min(first + size, elements)) for first in range(0, elements, size)]
-    pool = _threads(len(parts) - 1)
-    futures = [pool.submit(work, *part) for part in parts[1:]]
+        return _function(work.address)(argument)
+    parallel = None if _forked else _openmp()
+    if parallel is not None:
+        return parallel(work.address, argument, count, 0)
+    function = _function(work.address)
+    futures = [_threads(count - 1).submit(function, argument) for _ in range(count - 1)]
     try:
-        first_result = work(*parts[0])
+        function(argument)
     finally:  # nobody may read or free the tensors before all are done
-        results = [future.result() for future in futures]
-    return [first_result, *results]
+        for future in futures:
+            future.result()
+
+
+@functools.cache
+def _function(address: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(address)
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel  # torch puts its OpenMP among the symbols that all can see
+    except (OSError, TypeError, AttributeError):  # another one, or another system
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
@@ -49,11 +67,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def _forget_pool() -> None:
-    """Threads do not survive a fork, and the lock may have been held by one of them."""
-    global _pool, _pool_size, _lock
-    _pool, _pool_size, _lock = None, 0, threading.Lock()
+def _forget_threads() -> None:
+    """Threads do not survive a fork, OpenMP's would be waited for in vain, and the lock may have been held by one."""
+    global _pool, _pool_size, _lock, _forked
+    _pool, _pool_size, _lock, _forked = None, 0, threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_threads)
