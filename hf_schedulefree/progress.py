@@ -56,7 +56,11 @@ def squared_norms(optimizer: Any) -> Tensor:
             state = optimizer.state.get(p, {})
             if "z" not in state or not beta:
                 continue
-            y, z = precision.wide(state.get("y", p), state), sharding.local(state["z"])
+            z = sharding.local(state["z"])
+            if group["train_mode"] is False and "y" not in state:
+                y = averaging.y_from_x(precision.wide(p), z, beta)  # true to rounding
+            else:
+                y = precision.wide(state.get("y", p), state)
             distances.append((1 - 1 / beta) ** 2 * torch.linalg.vector_norm(z - y, dtype=torch.float32) ** 2)
             norms.append(torch.linalg.vector_norm(y, dtype=torch.float32) ** 2)
     if not norms:

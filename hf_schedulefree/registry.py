@@ -97,6 +97,7 @@ _COMMON_OPTIONS = {
     "r": float,
     "weight_lr_power": float,
     "implementation": str,
+    "park": str,
     "state_precision": str,
     "rounding_seed": int,
     "capturable": _parse_bool,

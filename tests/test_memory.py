@@ -61,10 +61,14 @@ def test_only_trainable_parameters_are_parked(tmp_path):
     model = tiny_llama()
     model.model.requires_grad_(False)
     trainer = train(tmp_path, model=model)
-    parked = [state["y"] for state in inner(trainer.optimizer).state.values()]
-    assert [y.shape for y in parked] == [p.shape for p in model.parameters() if p.requires_grad]
+    optimizer = inner(trainer.optimizer)
+    parked = [state["y"] for state in optimizer.state_dict()["state"].values()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert [y.shape for y in parked] == [p.shape for p in trainable]
+    assert 0 < optimizer.parked_bytes <= sum(p.nbytes for p in trainable)
     with trainer.training_weights():
-        assert all("y" not in state for state in inner(trainer.optimizer).state.values())
+        assert optimizer.parked_bytes == 0
+        assert all("y" not in state for state in optimizer.state_dict()["state"].values())
 
 
 @pytest.mark.gpu

@@ -234,7 +234,8 @@ def test_the_average_is_that_of_float32(kind, dtype):
             p.grad = torch.sign(torch.randn(20_000, generator=generator) + 0.3).to(p.dtype)
             optimizer.step()
         optimizer.eval()
-        x = precision.wide_x(optimizer.state[p]["y"], optimizer.state[p], 0.9)
+        state = optimizer.state_dict()["state"][0]
+        x = precision.wide_x(state["y"], state, 0.9)
         if name == "float32":
             expected = x
         errors[name] = ((x - expected).mean() / (expected - start.float()).mean()).abs().item()

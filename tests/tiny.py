@@ -1,5 +1,6 @@
 """Tiny models, data and runs for the Trainer tests, and weights computed independently of the code under test."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ def x_in_float64(trainer: Trainer) -> dict[str, Tensor]:
     """x of each trained parameter, in float64 from y and z, whichever of x and y the model shows now."""
     optimizer = inner(trainer.optimizer)
     names = {p: name for name, p in trainer.model.named_parameters()}
-    averaged = {}
+    averaged, index = {}, itertools.count()
+    states = optimizer.state_dict()["state"]
     for group in optimizer.param_groups:
         beta = group["betas"][0] if "betas" in group else group["momentum"]
         for p in group["params"]:
-            state = optimizer.state.get(p, {})
+            state = states.get(next(index), {})
             y = state.get("y", p).detach().double()
             z = state["z"].double() if "z" in state else y
             averaged[names[p]] = y + (1 - 1 / beta) * (z - y)

@@ -11,6 +11,7 @@ from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.precision import StatePrecision
+from hf_schedulefree.optim.switching import Park
 
 
 class AdamWScheduleFree(ScheduleFreeOptimizer):
@@ -29,6 +30,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         r: power of the polynomial weighting in the average, >= 0.
         weight_lr_power: a step's weight in the average is (largest learning rate so far)^weight_lr_power, >= 0.
         implementation: see `ScheduleFreeOptimizer`.
+        park: see `ScheduleFreeOptimizer`.
         foreach: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
@@ -60,6 +62,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         foreach: bool | None = None,
         *,
         implementation: Implementation | None = None,
+        park: Park | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
         capturable: bool = False,
@@ -76,7 +79,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
             "rounding_seed": rounding_seed,
             "capturable": capturable,
         }
-        super().__init__(params, options, implementation=implementation, foreach=foreach)
+        super().__init__(params, options, implementation=implementation, park=park, foreach=foreach)
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["betas"][0]

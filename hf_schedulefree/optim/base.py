@@ -26,6 +26,7 @@ from hf_schedulefree.optim.kernels.numbers import StepNumbers
 from hf_schedulefree.optim.option_ranges import check_options
 from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
+from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,15 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     (evaluate, save and publish these). As with the `schedulefree` package, call `.train()` before training and
     `.eval()` before reading the weights; an optimizer starts in eval mode.
 
-    `.eval()` parks y in the state (one copy of the trainable parameters) and `.train()` brings back the very same bits.
-    A `state_dict` taken in eval mode contains the parked y, so the return is exact after a checkpoint, too.
+    `.eval()` parks y and `.train()` brings back the very same bits. A `state_dict` taken in eval mode contains the
+    parked y, so the return is exact after a checkpoint, too.
 
     A subclass gives its direction (`_direction`), its learning-rate factor (`_lr_factor`) and the name of its
     averaging beta (`_beta`). It never touches x, y or z.
 
-    State per parameter, created at the parameter's first gradient: `z`, what the subclass adds, `y` while parked, and
-    for half-precision parameters `y_low`, 16 more bits of y (see `state_precision`). Group keys are those of
-    `schedulefree` 1.4.1 where the meaning is the same, and `state_dict`s load in both directions.
+    State per parameter, created at the parameter's first gradient: `z`, what the subclass adds, `y` while a copy of it
+    is parked, and for half-precision parameters `y_low`, 16 more bits of y (see `state_precision`). Group keys are
+    those of `schedulefree` 1.4.1 where the meaning is the same, and `state_dict`s load in both directions.
 
     Two group options concern parameters in bfloat16 or float16 only, whose small updates would be rounded away; others
     keep everything in their own dtype:
@@ -70,6 +71,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations), "fused" (one pass over
             memory, where a compiler is at hand: see `kernels`) or None (the fastest that the tensors allow). All give
             the same numbers within rounding.
+        park: how y is kept in eval mode: "copy" (one more copy of the parameters), "residual" (1 byte per parameter: y
+            follows from x and z but for rounding, and that is what is kept) or None ("residual"). Where a residual will
+            not do (it takes float32 or float64 on CPU, and numba) it is a copy. Exact in either way.
         foreach: accepted for code written for `schedulefree`: True means implementation="foreach", False "for-loop".
 
     Raises:
@@ -82,6 +86,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         options: dict[str, Any],
         *,
         implementation: Implementation | None = None,
+        park: Park | None = None,
         foreach: bool | None = None,
     ):
         if foreach is not None:
@@ -92,7 +97,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             implementation = "foreach" if foreach else "for-loop"
         if implementation is not None and implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is unknown; expected None or one of {IMPLEMENTATIONS}")
+        if park is not None and park not in PARKS:
+            raise ValueError(f"park={park!r} is unknown; expected None or one of {PARKS}")
         self.implementation = implementation
+        self.park = park
+        self._residuals = Residuals()
         self._forget_parts()
         check_options(type(self).__name__, options)
         super().__init__(params, {**options, **_FRESH_COUNTERS, "train_mode": False, "parked_k": _NOT_PARKED})
@@ -130,11 +139,15 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if group["train_mode"] is False:
                 continue
             group["train_mode"] = None
-            started = list(self._started(group))
-            for p, state in started:
+            beta, started = self._beta(group), list(self._started(group))
+            if self._one_pass and self.park != "copy":
+                self._residuals.park(group, started, beta)
+            parked = self._residuals.params(group)
+            copied = [(p, state) for p, state in started if p not in parked]
+            for p, state in copied:
                 if "y" not in state:
                     state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-            switching.show_x(started, self._beta(group), one_pass=self._one_pass)
+            switching.show_x(copied, beta, one_pass=self._one_pass)
             group["parked_k"] = int(group["k"])
             group["train_mode"] = False
 
@@ -145,7 +158,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         If the parameters do not hold x any more (other weights were loaded meanwhile), these weights are kept and the
         optimizer starts anew from them, with a warning.
         """
-        if self.weights_replaced():
+        replaced = self._copies_replaced()
+        for group in self.param_groups:
+            if self._residuals.params(group):
+                group["train_mode"] = None
+        if replaced or not self._residuals.restore():
             logger.warning(
                 "The weights were replaced while the optimizer was in eval mode: it starts anew from them "
                 "(x = y = z, averaging and second moment reset)."
@@ -166,8 +183,14 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
                     p.copy_(state["y"])
             for _, state in self._started(group):
                 state.pop("y", None)
+            self._residuals.forget(group)
             group["parked_k"] = _NOT_PARKED
             group["train_mode"] = True
+
+    @property
+    def parked_bytes(self) -> int:
+        """The memory that the parked y takes now."""
+        return self._residuals.nbytes + sum(state["y"].nbytes for state in self.state.values() if "y" in state)
 
     @torch.no_grad()
     def weights_replaced(self) -> bool:
@@ -175,6 +198,10 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
         Of sharded parameters (`DTensor`) each process compares its own shard; the answer is the same in all of them.
         """
+        return self._copies_replaced() or (self.mode == "eval" and not self._residuals.intact())
+
+    def _copies_replaced(self) -> bool:
+        """`weights_replaced` for the parameters whose y is parked as a copy."""
         groups = [group for group in self.param_groups if group["train_mode"] is False]
         if not groups:
             return False
@@ -195,6 +222,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
         self.state.clear()
+        self._residuals.clear()
         for group in self.param_groups:
             group.update(_FRESH_COUNTERS, parked_k=_NOT_PARKED)
         self._forget_parts()
@@ -233,6 +261,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""
+        self._residuals.become_copies(self.state)
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
@@ -265,10 +294,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             logger.warning(conversion.message(changes))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "implementation": self.implementation}
+        self._residuals.become_copies(self.state)
+        return {**super().__getstate__(), "implementation": self.implementation, "park": self.park}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._residuals = Residuals()
         for group in self.param_groups:
             group.pop("foreach", None)  # how to compute is this object's choice, not the checkpoint's
             for key, default in self.defaults.items():
@@ -388,17 +419,20 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         half_rows: list[HalfRow] = []
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for position, p in enumerate(group["params"], start=first):
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-            state = self._init_state(group, p)
-            storage = self._storage(group, p)
+            state = self.state[p]
+            if "z" not in state:
+                state = self._init_state(group, p)
+            storage = self._storage(group, p) if p.dtype in precision.HALF_DTYPES else None
             if storage is None:
-                rows.append((p, state["z"], state.get("exp_avg_sq"), p.grad))
+                rows.append((p, state["z"], state.get("exp_avg_sq"), grad))
                 continue
             key = RandomKey(group["rounding_seed"], position)
-            half_rows.append(HalfRow(p, p.grad, state, storage, key))
+            half_rows.append(HalfRow(p, grad, state, storage, key))
         if rows:
             kernels.step_(rows, numbers, self.implementation)
         if half_rows:

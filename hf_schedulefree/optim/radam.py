@@ -12,6 +12,7 @@ from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.precision import StatePrecision
+from hf_schedulefree.optim.switching import Park
 
 # Below this length of the approximated moving average its variance cannot be rectified (Liu et al. 2020, section 4.2).
 _SHORTEST_AVERAGE = 4.0
@@ -51,6 +52,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         foreach: see `ScheduleFreeOptimizer`.
         silent_sgd_phase: whether the weights rest until the rectification is defined.
         implementation: see `ScheduleFreeOptimizer`.
+        park: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
         capturable: whether `step` may be captured in a CUDA graph, see `ScheduleFreeOptimizer`.
@@ -72,6 +74,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         silent_sgd_phase: bool = True,
         *,
         implementation: Implementation | None = None,
+        park: Park | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
         capturable: bool = False,
@@ -88,7 +91,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
             "rounding_seed": rounding_seed,
             "capturable": capturable,
         }
-        super().__init__(params, options, implementation=implementation, foreach=foreach)
+        super().__init__(params, options, implementation=implementation, park=park, foreach=foreach)
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["betas"][0]

@@ -9,6 +9,7 @@ from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.precision import StatePrecision
+from hf_schedulefree.optim.switching import Park
 
 
 class SGDScheduleFree(ScheduleFreeOptimizer):
@@ -26,6 +27,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         weight_lr_power: a step's weight in the average is (largest learning rate so far)^weight_lr_power, >= 0.
         foreach: see `ScheduleFreeOptimizer`.
         implementation: see `ScheduleFreeOptimizer`.
+        park: see `ScheduleFreeOptimizer`.
         state_precision: see `ScheduleFreeOptimizer`.
         rounding_seed: see `ScheduleFreeOptimizer`.
         capturable: whether `step` may be captured in a CUDA graph, see `ScheduleFreeOptimizer`.
@@ -46,6 +48,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         foreach: bool | None = None,
         *,
         implementation: Implementation | None = None,
+        park: Park | None = None,
         state_precision: StatePrecision | None = None,
         rounding_seed: int = 0,
         capturable: bool = False,
@@ -61,7 +64,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
             "rounding_seed": rounding_seed,
             "capturable": capturable,
         }
-        super().__init__(params, options, implementation=implementation, foreach=foreach)
+        super().__init__(params, options, implementation=implementation, park=park, foreach=foreach)
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["momentum"]

@@ -1,7 +1,8 @@
-"""x from the parked y and z for all parameters of a group: by the one-pass kernel where it can, else by torch."""
+"""x shown in the parameters of a group and y put away: by the compiled kernels where they can, else by torch."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -10,14 +11,106 @@ from hf_schedulefree.optim import averaging, kernels, precision, sharding
 if TYPE_CHECKING:
     from types import ModuleType
 
-# A parameter and its state, with y parked in it.
+    from hf_schedulefree.optim.kernels.residual_cpu import ParkedResidual
+
+# How y is kept while the parameters hold x: as a copy, or as one byte per parameter (see `kernels.residual_cpu`).
+Park = Literal["copy", "residual"]
+PARKS: tuple[Park, ...] = ("copy", "residual")
+
+# Elements that one residual is for, unless a tensor is larger.
+_PARKED_AT_ONCE = 2**23
+
+# A parameter and its state.
 Started = tuple[Tensor, dict[str, Tensor]]
 
 _Columns = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
+class Residuals:
+    """The way back to y for the parameters, by group, whose y is parked as a residual."""
+
+    def __init__(self) -> None:
+        self._of_group: dict[int, list[ParkedResidual]] = {}  # by id: DeepSpeed shows one group at a time
+
+    def park(self, group: Mapping[str, Any], started: Iterable[Started], beta: float) -> None:
+        """Show x in all parameters of a group that can do with a residual; an interrupted switch is completed."""
+        if id(group) not in self._of_group:  # made before any parameter is touched
+            self._of_group[id(group)] = _residuals(started, beta)
+        for residual in self._of_group[id(group)]:
+            residual.park()
+
+    def params(self, group: Mapping[str, Any]) -> set[Tensor]:
+        """The parameters of a group that are parked here."""
+        return {p for residual in self._of_group.get(id(group), ()) for p in residual.params}
+
+    def intact(self) -> bool:
+        """Whether all parameters that are parked here hold x."""
+        return all(residual.intact() for residual in self._all())
+
+    def restore(self) -> bool:
+        """Bring back y in all of them; if one does not hold x any more, nothing changes, and it returns False."""
+        if all(residual.restore() for residual in self._all()):
+            return True
+        for residual in self._all():
+            residual.park()
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(residual.nbytes for residual in self._all())
+
+    def become_copies(self, states: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Park y as copies in the state from here on, where others can read it; x stays shown."""
+        for residuals in self._of_group.values():
+            while residuals:  # one by one, so that there is never more than a copy
+                for p, y in zip(residuals[-1].params, residuals[-1].y(), strict=True):
+                    states[p]["y"] = y
+                residuals.pop()
+
+    def forget(self, group: Mapping[str, Any]) -> None:
+        """After a switch back."""
+        self._of_group.pop(id(group), None)
+
+    def clear(self) -> None:
+        """Forget all groups."""
+        self._of_group.clear()
+
+    def _all(self) -> "Iterator[ParkedResidual]":
+        return itertools.chain(*self._of_group.values())
+
+
+def _residuals(started: Iterable[Started], beta: float) -> "list[ParkedResidual]":
+    if kernels.switch_kernel() is None:
+        return []
+    from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
+
+    by_dtype: dict[object, list[tuple[Tensor, Tensor]]] = {}
+    for p, state in started:
+        if sharding.is_sharded(p):
+            return []  # all processes must agree before they go back
+        row = kernels.dense((p, state["z"], None, state["z"]))
+        if row is not None and p.dtype in DTYPES and p.device.type == "cpu" and "y" not in state:
+            by_dtype.setdefault(p.dtype, []).append((p, state["z"]))
+    parts = (part for rows in by_dtype.values() for part in _parts(rows))
+    return [ParkedResidual(*map(list, zip(*part, strict=True)), beta) for part in parts]
+
+
+def _parts(rows: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    part: list[tuple[Tensor, Tensor]] = []
+    elements = 0
+    for row in rows:
+        part.append(row)
+        elements += row[0].numel()
+        if elements >= _PARKED_AT_ONCE:
+            yield part
+            part, elements = [], 0
+    if part:
+        yield part
+
+
 def show_x(started: Iterable[Started], beta: float, *, one_pass: bool = True) -> None:
-    """Write x into the parameters. Both ways give the same bits.
+    """Write x into the parameters, from the copy of y in their state. Both ways give the same bits.
 
     Args:
         started: parameters and their states.

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import FSDPModule
 
 from hf_schedulefree.optim import sharding
+from hf_schedulefree.optim.switching import Park
 from hf_schedulefree.weights.switch import WeightSwitch
 
 # Where the shards of the optimizer are in a checkpoint; accelerate's name for them.
@@ -37,6 +38,8 @@ class Engine:
     shows_y_alone = True
     # Whether no process waits for another one while it writes its files of a checkpoint.
     writes_alone = True
+    # How the optimizer has to keep y while x is shown; None: as it likes.
+    park: Park | None = None
 
     def __init__(self, model: nn.Module | None, optimizer: Any):
         self.model = model
@@ -145,6 +148,8 @@ class NativeFullyShardedEngine(FullyShardedEngine):
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-1 and ZeRO-2: the optimizer owns flat fp32 partitions, of which the module holds a copy."""
 
+    park = "copy"  # DeepSpeed saves what is in the optimizer's `state`, and does not ask for a `state_dict`
+
     shows_x_alone = False
     shows_y_alone = False
     writes_alone = False
@@ -248,6 +253,8 @@ class EngineSwitch(WeightSwitch):
     def show_x(self) -> None:
         if self.mode == "eval":
             return
+        if self.engine.park is not None:
+            self.optimizer.park = self.engine.park
         with self.engine.reaching_parameters():
             self.inner.show_x()
         self.engine.publish()
