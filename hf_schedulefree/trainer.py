@@ -19,6 +19,7 @@ from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
 from hf_schedulefree.saving import CheckpointMixin
+from hf_schedulefree.streamed_save import StreamedSaveMixin, listens
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,7 @@ EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_
 _CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 
 
-class ScheduleFreeMixin(CheckpointMixin):
+class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
     """Put in front of any `transformers.Trainer` class: `class MySFTTrainer(ScheduleFreeMixin, SFTTrainer)`.
 
     With a schedule-free optimizer, the model shows the averaged weights x to everyone who reads it (evaluate, predict,
@@ -128,10 +129,10 @@ class ScheduleFreeMixin(CheckpointMixin):
             kwargs["averaged_weights"] = self.averaged_weights
             if not self._training or self._switch is None:
                 return call_event(event, *args, **kwargs)
-            with (
-                self.averaged_weights() if event in EVENTS_AT_X else self.training_weights(),
-                hub.token_left_out(self.args),  # a tracker may publish the arguments with the model
-            ):
+            shown = self.averaged_weights() if event in EVENTS_AT_X else self.training_weights()
+            if not listens(self.callback_handler, event):
+                shown = contextlib.nullcontext()  # nobody reads the model: it can stay as it is
+            with shown, hub.token_left_out(self.args):  # a tracker may publish the arguments with the model
                 if event == "on_save":
                     return self._call_on_save(lambda: call_event(event, *args, **kwargs))
                 return call_event(event, *args, **kwargs)
@@ -264,7 +265,7 @@ class ScheduleFreeMixin(CheckpointMixin):
         # folder would be torn.
         if output_dir is None:
             self._finish_current_push()
-        with self.averaged_weights():
+        with self._saving_x():
             gathered = self._engine.model_to_save(self.accelerator)
             if gathered is not None:
                 self._save(output_dir, state_dict=gathered)
@@ -272,12 +273,12 @@ class ScheduleFreeMixin(CheckpointMixin):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # Weights, optimizer state and the mode recorded in it are written in one mode, so they agree on resume.
-        with self.averaged_weights():
+        with self._saving_x():
             return super()._save_checkpoint(*args, **kwargs)
 
     def _tune_save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # Ray Tune's checkpoints: as _save_checkpoint.
-        with self.averaged_weights():
+        with self._saving_x():
             return super()._tune_save_checkpoint(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

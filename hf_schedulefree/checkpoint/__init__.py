@@ -6,12 +6,14 @@ place as a whole. See docs/checkpoints.md.
 
 from hf_schedulefree.checkpoint.commit import commit_checkpoint, remove_old_checkpoints, staged_folder
 from hf_schedulefree.checkpoint.export import Contents, export_averaged, inspect_weights
-from hf_schedulefree.checkpoint.files import describe_weight_files, read_header
+from hf_schedulefree.checkpoint.files import read_header
 from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, Record, read_record
+from hf_schedulefree.checkpoint.streaming import CannotStream, describe_weight_files, streamed_weight_files
 from hf_schedulefree.checkpoint.verify import find_committed, latest_committed, verify_checkpoint
 
 __all__ = [
     "RECORD_NAME",
+    "CannotStream",
     "CheckpointError",
     "CheckpointFacts",
     "Contents",
@@ -26,5 +28,6 @@ __all__ = [
     "read_record",
     "remove_old_checkpoints",
     "staged_folder",
+    "streamed_weight_files",
     "verify_checkpoint",
 ]

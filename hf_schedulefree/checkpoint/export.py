@@ -18,6 +18,7 @@ from hf_schedulefree.checkpoint.deepspeed import DeepSpeedCheckpoint, is_deepspe
 from hf_schedulefree.checkpoint.matching import match_states
 from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, Record, read_record
 from hf_schedulefree.checkpoint.verify import optimizer_of_state, schedule_free_class, verify_checkpoint
+from hf_schedulefree.checkpoint.writing import write_safetensors
 from hf_schedulefree.optim.stored import read_sequences, shows_y, stored_beta
 
 # What an export leaves behind: weights (they are written anew) and what only training needs.
@@ -279,7 +280,7 @@ def _write_averages(
     entries = {
         short: (source.output_dtype(name, dtype), source.weights.shapes[name]) for short, name in full_names.items()
     }
-    names.write_safetensors(path, entries, average, metadata)
+    write_safetensors(path, entries, average, metadata, sync=True)
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

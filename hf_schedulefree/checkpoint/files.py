@@ -1,19 +1,13 @@
 """The files that the hosts write into a checkpoint, and what a weight file says about itself in its header."""
 
-import contextlib
-import contextvars
-import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from hf_schedulefree.checkpoint.record import CheckpointError
 
@@ -49,23 +43,21 @@ _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 
-# Those that torch can hold: what an export reads and writes.
-_TORCH_DTYPES = {
+# Those that torch can hold: what is written here, and read by an export. In the order in which safetensors writes them.
+TORCH_DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
-
-_metadata: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("weight_metadata", default=None)
 
 
 def weight_metadata(*, weights: str, step: int, optimizer: str, beta: float | None) -> dict[str, str]:
@@ -74,39 +66,6 @@ def weight_metadata(*, weights: str, step: int, optimizer: str, beta: float | No
     if beta is not None:
         facts["beta"] = repr(float(beta))
     return {METADATA_PREFIX + name: value for name, value in facts.items()}
-
-
-@contextlib.contextmanager
-def describe_weight_files(metadata: Mapping[str, str]) -> Iterator[None]:
-    """Add `metadata` to the header of every safetensors file that this thread writes in a `with` block.
-
-    None of the functions that write weights (save_pretrained of transformers and of PEFT, the Trainer's own) takes
-    metadata; all of them end in `safetensors.torch.serialize_file`. Can go when `save_pretrained` takes metadata.
-    """
-    _intercept_serialize_file()
-    token = _metadata.set(metadata)
-    try:
-        yield
-    finally:
-        _metadata.reset(token)
-
-
-def _intercept_serialize_file() -> None:
-    serialize = safetensors.torch.serialize_file
-    if getattr(serialize, "__module__", None) == __name__:
-        return
-
-    @functools.wraps(serialize)
-    def serialize_file_described(
-        tensors: Any, filename: Any, metadata: Mapping[str, str] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        added = _metadata.get()
-        if added:
-            metadata = {**(metadata or {}), **added}
-        return serialize(tensors, filename, metadata, *args, **kwargs)
-
-    serialize_file_described.__module__ = __name__
-    safetensors.torch.serialize_file = serialize_file_described
 
 
 def is_write_error(error: BaseException) -> bool:
@@ -169,44 +128,9 @@ def _tensor_end(entry: Mapping[str, Any]) -> int:
 def torch_dtype(entry: Mapping[str, Any]) -> torch.dtype:
     """The type of a tensor in a safetensors header."""
     try:
-        return _TORCH_DTYPES[entry["dtype"]]
+        return TORCH_DTYPES[entry["dtype"]]
     except KeyError as error:
         raise CheckpointError(f"tensors of type {entry['dtype']} are not supported") from error
-
-
-def write_safetensors(
-    path: str | os.PathLike[str],
-    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file tensor by tensor: one is in memory at a time.
-
-    Args:
-        path: the file.
-        entries: name -> type and shape.
-        tensors: gives each tensor when its turn has come.
-        metadata: of the header; all strings.
-    """
-    dtype_names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
-    # Wide types first, as in safetensors itself: each tensor then starts at a multiple of its width.
-    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in order:
-        dtype, shape = entries[name]
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            tensor = tensors(name).detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(tensor.view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def schedule_free_metadata(header: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`ScheduleFreeOptimizer`: modes, state, validation and the skeleton of a step, shared by every optimizer here."""
 
+import contextlib
 import logging
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ from hf_schedulefree.optim import (
     capturable,
     conversion,
     kernels,
+    pieces,
     precision,
     precision_step,
     sharding,
@@ -79,6 +81,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of range; the message names it, its value and the range.
     """
+
+    # Inside `state_dicts_at_x`.
+    _state_dicts_at_x = False
 
     def __init__(
         self,
@@ -215,6 +220,29 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         )
         return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
 
+    # x for files, while the parameters hold y and go on to hold it.
+
+    def x_in_pieces(self) -> list[tuple[Tensor, pieces.AveragedPieces]]:
+        """In train mode, what `eval` would show: the parameters that have had a gradient, each with its x in pieces.
+
+        Raises:
+            ValueError: a parameter, or its state, is not contiguous.
+        """
+        return [
+            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=self._one_pass))
+            for group in self.param_groups
+            for p, state in self._started(group)
+        ]
+
+    @contextlib.contextmanager
+    def state_dicts_at_x(self) -> Iterator[None]:
+        """Within: `state_dict` in train mode is that of eval mode, with the parameters themselves as the parked y."""
+        former, self._state_dicts_at_x = self._state_dicts_at_x, True
+        try:
+            yield
+        finally:
+            self._state_dicts_at_x = former
+
     @property
     def _one_pass(self) -> bool:
         return self.implementation in ("fused", None)
@@ -263,6 +291,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""
         self._residuals.become_copies(self.state)
         state_dict = super().state_dict()
+        if self._state_dicts_at_x:
+            pieces.park(self.param_groups, state_dict)
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
             group.update(capturable.plain_counters(group))

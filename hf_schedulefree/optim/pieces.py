@@ -1,0 +1,68 @@
+"""What eval mode would show and store, for files, while the parameters hold y and go on to hold it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging, kernels, precision
+from hf_schedulefree.optim.precision import Y_LOW
+
+
+class AveragedPieces:
+    """The averaged weights of one parameter in train mode: the very bits that `eval` would show in it.
+
+    Args:
+        p: the parameter, which holds y.
+        state: its state.
+        beta: the interpolation factor between z (0) and x (1).
+        one_pass: whether the one-pass kernel may be used; the bits are the same.
+
+    Raises:
+        ValueError: y and z do not lie in memory as one row of elements each, in one order.
+    """
+
+    def __init__(self, p: Tensor, state: Mapping[str, Tensor], beta: float, *, one_pass: bool = True):
+        stored = {name: state[name] for name in ("z", Y_LOW) if name in state}
+        if not all(t.is_contiguous() and t.shape == p.shape and t.device == p.device for t in (p, *stored.values())):
+            raise ValueError(f"y and z of a parameter of shape {tuple(p.shape)} are not contiguous")
+        self.device = p.device
+        self._y = p.detach().view(-1)
+        self._state = {name: t.detach().view(-1) for name, t in stored.items()}
+        self._beta = beta
+        self._kernel = None
+        row = (self._y, self._y, None, self._state["z"])
+        alike = Y_LOW not in stored and p.dtype in kernels.ONE_PASS_DTYPES and kernels.dense(row) is not None
+        if one_pass and alike and p.device.type == "cpu":
+            self._kernel = kernels.switch_kernel()
+
+    @torch.no_grad()
+    def read(self, first: int, into: Tensor) -> None:
+        """Put the elements from `first` on (in row-major order) into `into`: flat, on CPU, in the parameter's dtype."""
+        part = slice(first, first + into.numel())
+        y, state = self._y[part], {name: t[part] for name, t in self._state.items()}
+        if self._kernel is not None:
+            self._kernel.show_x_([into], [y], [state["z"]], self._beta)
+        else:
+            into.copy_(averaging.x_from_y(precision.wide(y, state), state["z"], self._beta).to(into.dtype))
+
+
+def park(groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Make a `state_dict` of train mode that of eval mode: the parked y are the parameters, by reference.
+
+    Args:
+        groups: the optimizer's parameter groups; those that are not in train mode are left as they are.
+        state_dict: as torch made it. Its own parts are replaced; the tensors and the optimizer are not touched.
+    """
+    for group, stored in zip(groups, state_dict["param_groups"], strict=True):
+        if group["train_mode"] is not True:
+            continue
+        stored.update(train_mode=False, parked_k=int(group["k"]))
+        for p, index in zip(group["params"], stored["params"], strict=True):
+            state = state_dict["state"].get(index)
+            if state and "z" in state:
+                # A file would hold all of the memory that a part of it belongs to.
+                alone = p.untyped_storage().nbytes() == p.numel() * p.element_size()
+                y = p.detach() if alone else p.detach().clone(memory_format=torch.preserve_format)
+                state_dict["state"][index] = {**state, "y": y}
