@@ -498,8 +498,8 @@ def test_what_is_no_parameter_as_it_stands_is_refused(tmp_path):
     for case, given in handed.items():
         with (
             pytest.raises(CannotStream),
-            streamed_weight_files(optimizer.x_in_pieces(), [frozen], [p, other]),
-            contextlib.suppress(CannotStream if case != "not all of them" else OSError),  # the host may go on
+            streamed_weight_files(optimizer.x_in_pieces(), [frozen], [p, other] if case == "not all of them" else []),
+            contextlib.suppress(CannotStream),  # the host may keep it to itself
         ):
             safetensors.torch.save_file(given, tmp_path / "file")
         assert not list(tmp_path.iterdir()), case
