@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, kernels
+from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, kernels, switching
 from hf_schedulefree.optim.kernels import torch_ops
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
 
@@ -416,3 +416,27 @@ def test_autograd_notices_the_step(implementation):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@needs_numba
+@pytest.mark.parametrize("state_precision", ["split", "full", "stochastic", "parameter"])
+def test_the_one_pass_switch_of_half_precision_gives_the_bits_of_torchs_operations(state_precision, monkeypatch):
+    params = [nn.Parameter(t) for t in tensors([(300_001,), (3,), (50, 9)], torch.bfloat16)[0]]
+    optimizer = AdamWScheduleFree(params, lr=0.01, state_precision=state_precision)
+    optimizer.train()
+    for seed in range(3):
+        for p, g in zip(params, tensors([(300_001,), (3,), (50, 9)], torch.bfloat16, seed)[3], strict=True):
+            p.grad = g
+        optimizer.step()
+    started = [(p, {**optimizer.state[p], "y": p.detach().clone()}) for p in params]
+    started[0][1]["y"][:3] = torch.tensor([float("inf"), -0.0, 1e-40])
+    calls = []
+    kernel = kernels.switch_kernel()
+    monkeypatch.setattr(
+        kernel, "_run", lambda *args, run=kernel._run, **options: calls.append(1) or run(*args, **options)
+    )
+    with torch.no_grad():
+        switching.show_x(started, 0.9)
+        assert calls and switching.holds_x(started, 0.9, one_pass=False) and switching.holds_x(started, 0.9)
+        params[2][7, 3] += 0.5
+        assert not switching.holds_x(started, 0.9)

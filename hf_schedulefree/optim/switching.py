@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from hf_schedulefree.optim import averaging, kernels, precision, sharding
@@ -23,7 +24,7 @@ _PARKED_AT_ONCE = 2**23
 # A parameter and its state.
 Started = tuple[Tensor, dict[str, Tensor]]
 
-_Columns = tuple[list[Tensor], list[Tensor], list[Tensor]]
+_Columns = tuple[list[Tensor], ...]
 
 
 class Residuals:
@@ -118,8 +119,8 @@ def show_x(started: Iterable[Started], beta: float, *, one_pass: bool = True) ->
         one_pass: whether the one-pass kernel may be used.
     """
     kernel, buckets, others = _divide(started, one_pass)
-    for columns in buckets:
-        kernel.show_x_(*columns, beta)
+    for p, y, z, *y_low in buckets:
+        kernel.show_x_(p, y, z, beta, *y_low)
     for p, state in others:
         sharding.local(p).copy_(precision.rounded_x(state, beta))
 
@@ -127,25 +128,38 @@ def show_x(started: Iterable[Started], beta: float, *, one_pass: bool = True) ->
 def holds_x(started: Iterable[Started], beta: float, *, one_pass: bool = True) -> bool:
     """Whether the parameters hold exactly x; of a `DTensor`, this process's shard. Arguments as for `show_x`."""
     kernel, buckets, others = _divide(started, one_pass)
-    return all(kernel.holds_x(*columns, beta) for columns in buckets) and all(
+    return all(kernel.holds_x(p, y, z, beta, *y_low) for p, y, z, *y_low in buckets) and all(
         averaging.same_bits(sharding.local(p), precision.rounded_x(state, beta)) for p, state in others
     )
 
 
 def _divide(started: Iterable[Started], one_pass: bool) -> "tuple[ModuleType | None, list[_Columns], list[Started]]":
-    """The kernel, what it can take (by dtype: p, y, z), and all others."""
+    """The kernel, what it can take (p, y, z, beta and y_low are its arguments), and all others."""
     started = list(started)
     kernel = kernels.switch_kernel() if one_pass and started else None
     if kernel is None:
         return None, [], started
-    buckets: dict[object, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    buckets: dict[object, list[list[Tensor]]] = {}
     others: list[Started] = []
     for p, state in started:
-        row = None
-        if precision.Y_LOW not in state and p.device.type == "cpu":
-            row = kernels.dense((p, state["y"], None, state["z"]))
-        if row is None or row[0].dtype not in kernels.ONE_PASS_DTYPES:
+        tensors = _compilable(p, state)
+        if tensors is None:
             others.append((p, state))
         else:
-            buckets.setdefault(row[0].dtype, []).append((row[0], row[1], row[3]))
+            buckets.setdefault(tuple(t.dtype for t in tensors), []).append(tensors)
     return kernel, [tuple(map(list, zip(*rows, strict=True))) for rows in buckets.values()], others
+
+
+def _compilable(p: Tensor, state: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """p, y, z and, where there is one, y_low as the kernel takes them; None if it cannot."""
+    tensors = [p, state["y"], state["z"], *([state[precision.Y_LOW]] if precision.Y_LOW in state else [])]
+    if len({getattr(t, "placements", None) for t in tensors}) > 1:
+        return None
+    tensors = [sharding.local(t) for t in tensors]
+    p, y, z = tensors[:3]
+    alike = all(type(t) in kernels.PLAIN_TENSORS and t.is_contiguous() and t.device == p.device for t in tensors)
+    if not alike or p.device.type != "cpu" or p.dtype not in kernels.ONE_PASS_DTYPES or y.dtype != p.dtype:
+        return None
+    if z.dtype == p.dtype or (z.dtype == torch.float32 and p.dtype == torch.bfloat16):
+        return tensors
+    return None

@@ -34,7 +34,7 @@ Row = tuple[Tensor, Tensor, Tensor | None, Tensor]
 # The temporaries of one multi-tensor call hold at most this many elements (or one tensor, if that is larger).
 _CHUNK_ELEMENTS = 2**22
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on CPU
 _ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.float16)}
 _FUSED_DTYPES = (torch.float32, torch.float64)
@@ -114,7 +114,7 @@ def _all_plain_and_alike(rows: Sequence[Row]) -> bool:
     columns = [column for column in zip(*rows, strict=True) if column[0] is not None]
     dtype, device = rows[0][0].dtype, rows[0][0].device
     return all(
-        type(t) in _PLAIN_TENSORS and t.is_contiguous() and t.dtype == dtype and t.device == device
+        type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype == dtype and t.device == device
         for column in columns
         for t in column
     )
@@ -123,7 +123,7 @@ def _all_plain_and_alike(rows: Sequence[Row]) -> bool:
 def dense(row: Row) -> Row | None:
     """The tensors of a row (of `DTensor`s, the local shards) if all are contiguous and alike; else None."""
     y, z, v, grad = row
-    if type(y) not in _PLAIN_TENSORS:
+    if type(y) not in PLAIN_TENSORS:
         placements = getattr(y, "placements", None)
         if placements is None or any(getattr(t, "placements", None) != placements for t in row if t is not None):
             return None
@@ -132,7 +132,7 @@ def dense(row: Row) -> Row | None:
     tensors = (y, z, grad) if v is None else (y, z, v, grad)
     for t in tensors:
         if not (
-            type(t) in _PLAIN_TENSORS and t.is_contiguous() and t.dtype == y.dtype and t.device == y.device
+            type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype == y.dtype and t.device == y.device
         ):  # a gradient or a state of another kind
             return None
     return y, z, v, grad

@@ -135,6 +135,13 @@ def float32_to_bfloat16(value):
     return rounded if value == value else np.uint16(0x7FC0)
 
 
+@njit(inline="always")
+def joined(high, low):
+    """As `precision.join`: a bfloat16 and the 16 bits that are missing in it, both as they are stored."""
+    half = np.uint32(0x8000)
+    return np.uint32((np.uint32(high) << 16) + (np.uint32(low) ^ half) - half).view(np.float32)
+
+
 # A torch dtype -> how numba sees its elements, and the type that is computed with.
 NUMBA_TYPES = {
     torch.float32: (np.float32, np.float32),

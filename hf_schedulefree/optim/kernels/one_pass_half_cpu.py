@@ -13,7 +13,7 @@ from numba import carray, njit
 
 from hf_schedulefree.optim import precision
 from hf_schedulefree.optim.kernels import compiled
-from hf_schedulefree.optim.kernels.compiled import bfloat16_to_float32, pointer, rows_and_numbers, take_part
+from hf_schedulefree.optim.kernels.compiled import bfloat16_to_float32, joined, pointer, rows_and_numbers, take_part
 from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
 from hf_schedulefree.optim.kernels.one_pass_cpu import NORMALIZE, PLAIN, kind_of, plain_numbers
 from hf_schedulefree.optim.kernels.threads import Work
@@ -47,12 +47,6 @@ def _bits_for_v(random):
 def _bits_for_y(random):
     random = np.uint32(random * _THIRD)
     return np.uint32(np.uint32((random ^ (random >> np.uint32(15))) * _FOURTH) >> np.uint32(16))
-
-
-@njit(inline="always")
-def _join(high, low):
-    half = np.uint32(0x8000)
-    return np.uint32((np.uint32(high) << 16) + (np.uint32(low) ^ half) - half).view(np.float32)
 
 
 @njit(inline="always")
@@ -92,7 +86,7 @@ def _worker(low_bits: bool, wide: bool, kind: int) -> Work:
                 g = carray(pointer(table[row, 4] + 2 * low), high - low, np.uint16)
                 h, key = np.uint32(np.uint32(table[row, 6]) + np.uint32(low) * _INDEX), np.uint32(table[row, 7])
                 for i in range(y.size):
-                    y_i = _join(y[i], y_low[i]) if low_bits else bfloat16_to_float32(y[i])
+                    y_i = joined(y[i], y_low[i]) if low_bits else bfloat16_to_float32(y[i])
                     z_i = np.float32(z[i]) if wide else bfloat16_to_float32(z[i])
                     d = bfloat16_to_float32(g[i])
                     random = _random(np.uint32(h + np.uint32(i) * _INDEX), key)

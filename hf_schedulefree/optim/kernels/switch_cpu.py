@@ -16,6 +16,7 @@ from hf_schedulefree.optim.kernels.compiled import (
     bfloat16_to_float32,
     count,
     float32_to_bfloat16,
+    joined,
     pointer,
     rows_and_numbers,
     take_part,
@@ -30,16 +31,18 @@ def extrapolated(start, end, weight):
 
 
 @functools.cache
-def _worker(dtype: torch.dtype, compares: bool) -> Work:
+def _worker(dtype: torch.dtype, compares: bool, low_bits: bool, wide_z: bool) -> Work:
     """The pass that writes x into p, or counts the elements of p that are not x."""
     kept, real = compiled.NUMBA_TYPES[dtype]
     half, size = kept is np.uint16, dtype.itemsize
+    kept_z, size_z = (real, 4) if wide_z else (kept, size)
+    half_z = half and not wide_z
     bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
 
     @compiled.worker
     def write(job):
-        # Columns of the table: addresses of p, y, z; elements.
-        table, numbers = rows_and_numbers(job, 4, 1)
+        # Columns of the table: addresses of p, y, z, y_low; elements.
+        table, numbers = rows_and_numbers(job, 5, 1)
         weight = real(numbers[0])
         while True:
             first, last = take_part(job)
@@ -47,16 +50,20 @@ def _worker(dtype: torch.dtype, compares: bool) -> Work:
                 return
             start = others = 0
             for row in range(table.shape[0]):
-                low, high = max(first - start, 0), min(last - start, table[row, 3])
-                start += table[row, 3]
+                low, high = max(first - start, 0), min(last - start, table[row, 4])
+                start += table[row, 4]
                 if low >= high:
                     continue
                 p = carray(pointer(table[row, 0] + size * low), high - low, kept)
                 y = carray(pointer(table[row, 1] + size * low), high - low, kept)
-                z = carray(pointer(table[row, 2] + size * low), high - low, kept)
+                z = carray(pointer(table[row, 2] + size_z * low), high - low, kept_z)
+                y_low = carray(pointer(table[row, 3] + 2 * low), high - low, np.uint16)
                 for i in range(p.size):
-                    y_i = bfloat16_to_float32(y[i]) if half else y[i]
-                    z_i = bfloat16_to_float32(z[i]) if half else z[i]
+                    if low_bits:
+                        y_i = joined(y[i], y_low[i])
+                    else:
+                        y_i = bfloat16_to_float32(y[i]) if half else y[i]
+                    z_i = bfloat16_to_float32(z[i]) if half_z else z[i]
                     x_i = extrapolated(y_i, z_i, weight)
                     if compares:
                         p_i = bfloat16_to_float32(p[i]) if half else p[i]
@@ -73,20 +80,37 @@ def _worker(dtype: torch.dtype, compares: bool) -> Work:
     return write
 
 
-def show_x_(p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float) -> None:
-    """Write x into `p`; contiguous CPU tensors of one dtype (float32, float64 or bfloat16)."""
-    _run(p, y, z, beta, compares=False)
+def show_x_(
+    p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float, y_low: Sequence[Tensor] = ()
+) -> None:
+    """Write x into `p`; contiguous CPU tensors of one dtype (float32, float64 or bfloat16).
+
+    bfloat16 may have `y_low` (see `precision`), and z in float32.
+    """
+    _run(p, y, z, beta, y_low, compares=False)
     torch.autograd.graph.increment_version(p)
 
 
-def holds_x(p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float) -> bool:
+def holds_x(
+    p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float, y_low: Sequence[Tensor] = ()
+) -> bool:
     """Whether `p` holds exactly x (a NaN is any NaN; 0.0 is not -0.0); tensors as for `show_x_`."""
-    return _run(p, y, z, beta, compares=True) == 0
+    return _run(p, y, z, beta, y_low, compares=True) == 0
 
 
-def _run(p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float, *, compares: bool) -> int:
-    table = np.empty((len(p), 4), np.int64)
-    for column, tensors in enumerate((p, y, z)):
+def _run(
+    p: Sequence[Tensor],
+    y: Sequence[Tensor],
+    z: Sequence[Tensor],
+    beta: float,
+    y_low: Sequence[Tensor],
+    *,
+    compares: bool,
+) -> int:
+    table = np.empty((len(p), 5), np.int64)
+    for column, tensors in enumerate((p, y, z, y_low or y)):
         table[:, column] = [tensor.data_ptr() for tensor in tensors]
-    table[:, 3] = [tensor.numel() for tensor in p]
-    return compiled.run(_worker(p[0].dtype, compares), table, (1 - 1 / beta,), int(table[:, 3].sum()))
+    table[:, 4] = [tensor.numel() for tensor in p]
+    dtype = p[0].dtype
+    work = _worker(dtype, compares, bool(y_low), z[0].dtype != dtype)
+    return compiled.run(work, table, (1 - 1 / beta,), int(table[:, 4].sum()))
