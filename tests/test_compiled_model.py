@@ -1,0 +1,58 @@
+"""torch.compile around the model: the compiled code reads whichever of x and y the parameters hold now."""
+
+import pytest
+import torch
+from tiny import close_to, parameters, same_bits, saved, tiny_llama, token_data, train, x_in_float64
+from torch.nn import functional
+
+from hf_schedulefree.optim import AdamWScheduleFree
+
+# "eager" traces and guards like all backends, and needs no compiler; "aot_eager" traces the gradient, too.
+BACKENDS = ("eager", "aot_eager")
+
+
+def loss_of(model, ids):
+    logits = model(input_ids=ids).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("park", ["copy", "residual"])
+def test_steps_and_switches_are_seen_and_compile_nothing_anew(backend, park):
+    ids = torch.stack([row["input_ids"] for row in token_data(4)])
+    plain, model = tiny_llama(), tiny_llama()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    optimizers = [AdamWScheduleFree(m.parameters(), lr=0.05, park=park) for m in (plain, model)]
+    compilations = torch._dynamo.utils.counters["stats"]
+    for step in range(4):
+        for m, optimizer in zip((plain, compiled), optimizers, strict=True):
+            optimizer.train()
+            m.train()
+            loss_of(m, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.eval()
+            m.eval()
+        with torch.no_grad():
+            assert torch.allclose(loss_of(compiled, ids), loss_of(plain, ids), atol=1e-6)
+        if step == 1:
+            after_two = compilations["unique_graphs"]
+    assert compilations["unique_graphs"] == after_two
+    y_loss = []
+    for m, optimizer in zip((plain, compiled), optimizers, strict=True):
+        optimizer.train()
+        y_loss.append(loss_of(m, ids).item())
+    with torch.no_grad():
+        optimizers[1].eval()
+        x_loss = loss_of(compiled, ids).item()
+    assert y_loss[1] == pytest.approx(y_loss[0], abs=1e-6) and abs(x_loss - y_loss[1]) > 1e-4
+
+
+def test_the_trainer_compiles_the_model(tmp_path):
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = train(tmp_path / "run", save_strategy="steps", save_steps=5, **options)
+    quiet = train(tmp_path / "quiet", **options)
+    assert close_to(saved(tmp_path / "run" / "checkpoint-10"), x_in_float64(trainer))
+    assert same_bits(parameters(trainer.model), parameters(quiet.model))
