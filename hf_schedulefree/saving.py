@@ -87,7 +87,7 @@ class CheckpointMixin:
         staged = destination.parent / commit.STAGING / destination.name
         self._on_writers(lambda: commit.staged_folder(destination.parent, destination.name))
         errors: list[str] = []
-        with self._run_dir_shown_as(staged.parent), self._write_errors_kept(errors):
+        with self._run_dir_shown_as(staged.parent), self._write_errors_kept(staged, errors):
             super()._save_checkpoint(model, trial, *args, **kwargs)
             self._name_best_checkpoint(destination)
             if self.args.should_save:
@@ -101,17 +101,16 @@ class CheckpointMixin:
         self._committed = (destination, _stamps(destination)) if self.args.should_save else None
 
     @contextlib.contextmanager
-    def _write_errors_kept(self, errors: list[str]) -> Iterator[None]:
+    def _write_errors_kept(self, folder: Path, errors: list[str]) -> Iterator[None]:
         """Within, with several processes: errors in writing files are put into `errors` instead of being raised.
 
-        A process that left a save by an exception would let the others wait for it. This goes only where the parts of a
-        save that write files do not wait for other processes themselves.
+        A process that left a save by an exception would let the others wait for it.
         """
-        if self.args.world_size == 1 or not self._engine.writes_alone:
+        if self.args.world_size == 1:
             yield
             return
 
-        def kept(write: Callable[..., Any]) -> Callable[..., None]:
+        def keep(write: Callable[..., Any]) -> Callable[..., None]:
             def write_or_keep(*args: Any, **kwargs: Any) -> None:
                 try:
                     write(*args, **kwargs)
@@ -126,9 +125,10 @@ class CheckpointMixin:
         writers = [*((self, name) for name in parts), (self.state, "save_to_json")]
         former = [(vars(owner), name, vars(owner).get(name)) for owner, name in writers]
         for owner, name in writers:
-            setattr(owner, name, kept(getattr(owner, name)))
+            setattr(owner, name, keep(getattr(owner, name)))
         try:
-            yield
+            with self._engine.keeping_write_errors(folder, keep):
+                yield
         finally:
             for attributes, name, own in former:
                 if own is None:
@@ -326,7 +326,7 @@ class CheckpointMixin:
             return
         texts: list[str | None] = [None] * self.args.world_size
         torch.distributed.all_gather_object(texts, failure)
-        failed = [text for text in texts if text is not None]
+        failed = dict.fromkeys(text for text in texts if text is not None)
         if failed:
             raise CommitError("; ".join(failed))
 

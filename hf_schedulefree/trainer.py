@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.checkpoint import describe_weight_files
-from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE
+from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE, sharded_write_errors
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
 from hf_schedulefree.saving import CheckpointMixin
@@ -201,10 +201,12 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The way back to y may need more than the optimizer's state_dict; mostly there is nothing to write.
-        if self._switch is None or not self._engine.save_optimizer(Path(output_dir)):
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        engine, folder = self._engine, Path(output_dir)
+        with sharded_write_errors():
+            if self._switch is None or not engine.save_states(folder, self.accelerator):
+                super()._save_optimizer_and_scheduler(output_dir)
+            elif self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
         if self._switch is not None and self.args.should_save:
             extra = self._switch.extra_state()
             for callback in self._batch_norm_callbacks:
@@ -222,7 +224,7 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
         if checkpoint is None or self._switch is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         loads = self._loads_optimizer(checkpoint)
-        if loads and self._engine.load_optimizer(Path(checkpoint)):
+        if loads and self._engine.load_states(Path(checkpoint)):
             schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
         elif loads:
@@ -260,16 +262,20 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
         with undone:
             return super().evaluation_loop(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # What is saved is what was evaluated, and in every engine a model that loads. An upload that still reads the
         # folder would be torn.
         if output_dir is None:
             self._finish_current_push()
-        with self._saving_x():
-            gathered = self._engine.model_to_save(self.accelerator)
-            if gathered is not None:
-                self._save(output_dir, state_dict=gathered)
-            return super().save_model(output_dir, *args, **kwargs)
+        with self._saving_x(), self._engine.gathering_model(self.accelerator) as gathering:
+            if gathering is None:
+                return super().save_model(output_dir, _internal_call)
+            # The Trainer would first gather or copy the whole model, or write none.
+            with gathering.open():
+                if self.args.should_save:
+                    self._save(output_dir, state_dict=gathering.content)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         # Weights, optimizer state and the mode recorded in it are written in one mode, so they agree on resume.

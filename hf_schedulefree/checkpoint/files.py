@@ -1,13 +1,15 @@
 """The files that the hosts write into a checkpoint, and what a weight file says about itself in its header."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hf_schedulefree.checkpoint.record import CheckpointError
 
@@ -79,6 +81,21 @@ def is_write_error(error: BaseException) -> bool:
         return "os error" in str(error)
     writer = ("PytorchStreamWriter", "inline_container", "cannot be opened", "unexpected pos", "Parent directory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in writer)
+
+
+@contextlib.contextmanager
+def sharded_write_errors() -> Iterator[None]:
+    """Within: when torch cannot write sharded files, all processes get an OSError, and not its `CheckpointException`.
+
+    That one is no `Exception`, and its text is a traceback.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        if not all(is_write_error(failure) for failure in failures.values()):
+            raise
+        raise OSError("; ".join(f"process {rank}: {failure}" for rank, failure in failures.items())) from error
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hf_schedulefree.checkpoint.deferred import DeferredTensor, made
 from hf_schedulefree.checkpoint.files import TORCH_DTYPES
 from hf_schedulefree.checkpoint.writing import Pieces, write_safetensors
 
@@ -43,7 +44,10 @@ class CannotStream(Exception):
 
 @contextlib.contextmanager
 def describe_weight_files(metadata: Mapping[str, str]) -> Iterator[None]:
-    """Add `metadata` to the header of every safetensors file that this thread writes in a `with` block."""
+    """Add `metadata` to the header of every safetensors file that this thread writes in a `with` block.
+
+    Of tensors that are deferred, one at a time is made and written.
+    """
     _intercept()
     token = _metadata.set(metadata)
     try:
@@ -230,7 +234,10 @@ def _intercept() -> None:
 
 def _flattening(original: Callable[..., Any]) -> Callable[..., Any]:
     def flatten(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if _streamed.get() is None or type(tensors) not in _DICTIONARIES:
+        if type(tensors) not in _DICTIONARIES:
+            return original(tensors, *args, **kwargs)
+        deferred = any(isinstance(tensor, DeferredTensor) for tensor in tensors.values())
+        if _streamed.get() is None and not deferred:
             return original(tensors, *args, **kwargs)
         return _Unflattened(tensors)
 
@@ -247,6 +254,9 @@ def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
         files = _streamed.get()
         if files is not None:
             return files.write(dict(tensors) if type(tensors) is _Unflattened else None, filename, metadata)
+        if type(tensors) is _Unflattened:  # some are deferred: made one at a time
+            entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            return write_safetensors(filename, entries, lambda name: made(tensors[name]), metadata)
         return original(tensors, filename, metadata, *args, **kwargs)
 
     return serialize_file

@@ -1,4 +1,4 @@
-"""`write_safetensors`: a file of weights, written tensor by tensor and piece by piece. It is never whole in memory."""
+"""Files of weights and of states, written tensor by tensor and piece by piece. They are never whole in memory."""
 
 import contextlib
 import errno
@@ -11,7 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_schedulefree.checkpoint.deferred import made
 from hf_schedulefree.checkpoint.files import TORCH_DTYPES
 
 # A piece that is computed stays in the processor's cache until it is written: 0.5 MiB of float32.
@@ -73,6 +76,30 @@ def write_safetensors(
         raise
 
 
+def write_pickled(path: str | os.PathLike[str], content: Any) -> None:
+    """Write what `torch.save(content, path)` would; of tensors in it that are deferred, one at a time is made.
+
+    Args:
+        path: the file.
+        content: dictionaries and lists with tensors and plain values.
+    """
+    with FakeTensorMode():
+        planned = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), content)
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(planned, path)
+        places = tree_leaves(torch.load(path, weights_only=True))
+    with open(path, "r+b", buffering=0) as file:
+        for tensor, place in zip(tree_leaves(content), places, strict=True):
+            if isinstance(tensor, Tensor) and tensor.numel():
+                file.seek(place.untyped_storage()._checkpoint_offset)
+                _write(file, _bytes_of(made(tensor)))
+        os.fsync(file.fileno())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _header(
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[str], int]:
@@ -111,8 +138,7 @@ def _write_tensor(
     buffers: dict[tuple[torch.dtype, bool], Tensor],
 ) -> None:
     if isinstance(content, Tensor) and content.device.type == "cpu":
-        tensor = content.detach().contiguous().reshape(-1)
-        _write(file, memoryview(tensor.view(torch.uint8).numpy()))
+        _write(file, _bytes_of(content))
         return
     pinned = content.device.type == "cuda"  # a device copies faster into memory that stays in its place
     if (dtype, pinned) not in buffers:

@@ -1,8 +1,9 @@
 """Which weights the model shows: x for readers, y for gradients, and the exact way between the two.
 
-    switch.py    `WeightSwitch`, for the optimizers of this package
+    switch.py    `WeightSwitch`, for the optimizers of this package, and what an engine adds to it
     foreign.py   the same for those of other packages
     engines.py   DDP, FSDP2 and DeepSpeed: all differences between the ways to spread a model over processes
+    gathering.py whole tensors of models that are spread over processes, one at a time while a file is written
     casts.py     a model that was cast for an evaluation comes back with its bits
     checks.py    what cannot be right is refused before training starts
 
@@ -19,9 +20,9 @@ from torch import nn
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 from hf_schedulefree.weights.casts import casts_undone
 from hf_schedulefree.weights.checks import refuse_unsupported
-from hf_schedulefree.weights.engines import Engine, EngineSwitch, engine_for, optimizer_saves_allowed, unwrap_optimizer
+from hf_schedulefree.weights.engines import Engine, engine_for, optimizer_saves_allowed, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
-from hf_schedulefree.weights.switch import WeightSwitch
+from hf_schedulefree.weights.switch import EngineSwitch, WeightSwitch
 
 __all__ = [
     "Engine",

@@ -1,28 +1,31 @@
 """How a model is spread over processes, and what that changes for whoever switches, saves or loads its weights.
 
-One class per engine, one row per engine in `tests/distributed`. `ENGINES` is asked in order. `EngineSwitch` joins an
-engine with the `WeightSwitch` of whatever optimizer runs in it.
+One class per engine, one row per engine in `tests/distributed`. `ENGINES` is asked in order.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.modeling import is_peft_model
 from torch import distributed, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from hf_schedulefree.checkpoint import files
+from hf_schedulefree.checkpoint.writing import write_pickled
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.switching import Park
-from hf_schedulefree.weights.switch import WeightSwitch
+from hf_schedulefree.weights.gathering import Gathering
 
-# Where the shards of the optimizer are in a checkpoint; accelerate's name for them.
-OPTIMIZER_SHARDS = "optimizer_0"
+# Makes a function keep its write errors instead of raising them.
+Keep = Callable[[Callable[..., Any]], Callable[..., None]]
 
 
 class Engine:
@@ -36,8 +39,6 @@ class Engine:
     # See `WeightSwitch`.
     shows_x_alone = True
     shows_y_alone = True
-    # Whether no process waits for another one while it writes its files of a checkpoint.
-    writes_alone = True
     # How the optimizer has to keep y while x is shown; None: as it likes.
     park: Park | None = None
 
@@ -67,35 +68,54 @@ class Engine:
         """Whether `flag` holds in any process; asked where the optimizer cannot know that its parameters are shards."""
         return flag
 
-    def model_to_save(self, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
-        """The whole model on the main process, where the Trainer's save_model would write nothing; else None.
+    @contextlib.contextmanager
+    def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering | None]:
+        """The model's state dict, tensor by tensor, where the Trainer would gather or copy all of it, or write none.
 
-        All processes take part. The tensors are gathered one by one and go to the main process's CPU memory.
+        All processes take part. None: the Trainer saves the model as it is.
         """
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return None
-        return accelerator.get_state_dict(self.model)
+        if plugin is None or _in_one_file(plugin):
+            yield None
+            return
+        yield _gathering_of_whole(accelerator.unwrap_model(self.model))  # it is not sharded yet
 
     @contextlib.contextmanager
     def loading_model(self) -> Iterator[None]:
         """Within: the Trainer can load whole tensors into the model."""
         yield
 
-    def save_optimizer(self, folder: Path) -> bool:
-        """Save the optimizer's state, where the Trainer would lose a part of it; returns whether that was done."""
+    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+        """Save the optimizer's state and what goes with it, where the Trainer would not do it well.
+
+        Args:
+            folder: the checkpoint.
+            accelerator: the Trainer's.
+
+        Returns:
+            Whether that was done.
+        """
         return False
 
-    def load_optimizer(self, folder: Path) -> bool:
-        """The opposite of `save_optimizer`."""
+    def load_states(self, folder: Path) -> bool:
+        """The opposite of `save_states`, where the Trainer could not load what it wrote."""
         return False
+
+    @contextlib.contextmanager
+    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+        """Within: what writes a file while other processes wait in the same function does not raise write errors.
+
+        Args:
+            folder: the checkpoint.
+            keep: makes a function keep its write errors, for `saving.py`, instead of raising them.
+        """
+        yield
 
 
 class FullyShardedEngine(Engine):
     """FSDP2: parameters and optimizer state are `DTensor`s, of which each process holds a shard."""
 
     shows_y_alone = False  # train() asks all processes whether the weights were replaced
-    writes_alone = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:
@@ -107,6 +127,32 @@ class FullyShardedEngine(Engine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    @contextlib.contextmanager
+    def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
+        yield _gathering_of_shards(sharded_state.get_model_state_dict(self.model))
+
+    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+        # accelerate's files, written tensor by tensor: it would gather model and optimizer first, in the main process.
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is None or not _in_one_file(plugin):
+            return False
+        trained = sharded_state.StateDictOptions(ignore_frozen_params=is_peft_model(self.model))
+        model = sharded_state.get_model_state_dict(self.model, options=trained)
+        optimizer = sharded_state.get_optimizer_state_dict(self.model, self.optimizer)
+        for name, state in ((files.FSDP_MODEL_FILE, model), (files.FSDP_OPTIMIZER_FILE, optimizer)):
+            gathering = _gathering_of_shards(state)
+            with gathering.open():
+                if accelerator.is_main_process:
+                    write_pickled(folder / name, gathering.content)
+        return True
+
+    @contextlib.contextmanager
+    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+        # torch tells all processes what went wrong in one of them, but each makes these folders before that.
+        for name in (files.FSDP_MODEL_FOLDER, files.FSDP_OPTIMIZER_FOLDER):
+            keep((folder / name).mkdir)(parents=True, exist_ok=True)
+        yield
 
 
 class NativeFullyShardedEngine(FullyShardedEngine):
@@ -133,16 +179,31 @@ class NativeFullyShardedEngine(FullyShardedEngine):
         finally:
             vars(self.model).pop("load_state_dict", None)
 
-    def save_optimizer(self, folder: Path) -> bool:
+    @contextlib.contextmanager
+    def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
+        # With it, save_pretrained would gather the whole model into the main process, whatever it is given.
+        config = accelerator.unwrap_model(self.model).config
+        spread, config.distributed_config = config.distributed_config, None
+        try:
+            with super().gathering_model(accelerator) as gathering:
+                yield gathering
+        finally:
+            config.distributed_config = spread
+
+    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
         state = sharded_state.get_optimizer_state_dict(self.model, self.optimizer)
-        distributed.checkpoint.save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_SHARDS)
+        distributed.checkpoint.save({"optimizer": state}, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)
         return True
 
-    def load_optimizer(self, folder: Path) -> bool:
+    def load_states(self, folder: Path) -> bool:
         state = {"optimizer": sharded_state.get_optimizer_state_dict(self.model, self.optimizer)}
-        distributed.checkpoint.load(state, checkpoint_id=folder / OPTIMIZER_SHARDS)
+        distributed.checkpoint.load(state, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)
         sharded_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         return True
+
+    @contextlib.contextmanager
+    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+        yield
 
 
 class ZeroEngine(Engine):
@@ -152,7 +213,6 @@ class ZeroEngine(Engine):
 
     shows_x_alone = False
     shows_y_alone = False
-    writes_alone = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:
@@ -164,6 +224,35 @@ class ZeroEngine(Engine):
 
     def publish(self) -> None:
         self.optimizer.update_lp_params()
+
+    @contextlib.contextmanager
+    def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
+        # Every process has the whole module; accelerate would copy it once more, in each.
+        yield _gathering_of_whole(self.model.module)
+
+    @contextlib.contextmanager
+    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+        engine = self.model
+        save_checkpoint, writer = engine.save_checkpoint, engine.checkpoint_engine
+
+        def save_checkpoint_and_name(folder: str, **options: Any) -> None:
+            save_checkpoint(folder, save_latest=False, **options)
+            if engine.global_rank == 0:
+                keep((Path(folder) / files.DEEPSPEED_LATEST).write_text)(f"global_step{engine.global_steps}")
+
+        replaced = [
+            (engine, "save_checkpoint", save_checkpoint_and_name),
+            (engine, "_copy_recovery_script", keep(engine._copy_recovery_script)),
+            (writer, "save", keep(writer.save)),
+            (writer, "makedirs", keep(writer.makedirs)),
+        ]
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
+        try:
+            yield
+        finally:
+            for owner, name, _ in replaced:
+                delattr(owner, name)
 
     def in_any_process(self, flag: bool) -> bool:
         votes = torch.tensor(float(flag), device=next(self.model.parameters()).device)
@@ -196,6 +285,52 @@ class Zero3Engine(ZeroEngine):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
 
+    @contextlib.contextmanager
+    def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        def whole(part: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+            with GatheredParameters([part]):
+                return part.detach().to("cpu", copy=True) if wanted else None
+
+        self.optimizer.checkpoint_event_prologue()  # small parameters, gathered always, would not be so afterwards
+        gathering = Gathering(
+            _tensors_to_save(self.model.module), whole, shape=lambda part: getattr(part, "ds_shape", part.shape)
+        )
+        try:
+            yield gathering
+        except Exception:  # all processes have it: see Gathering.open
+            self.optimizer.checkpoint_event_epilogue()
+            raise
+        self.optimizer.checkpoint_event_epilogue()
+
+
+def _tensors_to_save(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a state dict holds, as the module holds it, under each of its names."""
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if torch.is_tensor(value)}
+
+
+def _gathering_of_whole(module: nn.Module) -> Gathering:
+    """Of a module that this process holds as a whole."""
+    return Gathering(
+        _tensors_to_save(module), lambda tensor, wanted: tensor.detach().cpu() if wanted else None, joint=False
+    )
+
+
+def _gathering_of_shards(state: Any) -> Gathering:
+    """Of a state dict with `DTensor`s."""
+
+    def whole(part: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+        tensor = part.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.cpu() if wanted else None
+
+    return Gathering(state, whole)
+
+
+def _in_one_file(fsdp_plugin: Any) -> bool:
+    return "FULL_STATE_DICT" in str(fsdp_plugin.state_dict_type)
+
 
 @contextlib.contextmanager
 def optimizer_saves_allowed(model: nn.Module | None, args: Any) -> Iterator[None]:
@@ -220,70 +355,6 @@ def engine_for(model: nn.Module | None, optimizer: Any) -> Engine:
     """The engine that runs `model` with `optimizer`, both as wrapped for training."""
     optimizer = _without_accelerate(optimizer)
     return next(engine for engine in ENGINES if engine.runs(model, optimizer))(model, optimizer)
-
-
-class EngineSwitch(WeightSwitch):
-    """Switches what `switch` knows, in `engine`: reaches all its parameters, and shows them in the module."""
-
-    def __init__(self, switch: WeightSwitch, engine: Engine):
-        super().__init__(switch.optimizer)
-        self.inner = switch
-        self.engine = engine
-        only_process = not distributed.is_initialized() or distributed.get_world_size() == 1
-        self.shows_x_alone = engine.shows_x_alone or only_process
-        self.shows_y_alone = engine.shows_y_alone or only_process
-
-    @property
-    def mode(self) -> Literal["train", "eval"]:
-        return self.inner.mode
-
-    @property
-    def settled(self) -> bool:
-        return self.inner.settled
-
-    @property
-    def schedulable(self) -> torch.optim.Optimizer:
-        return self.inner.schedulable
-
-    @contextlib.contextmanager
-    def reaching_parameters(self) -> Iterator[None]:
-        with self.engine.reaching_parameters():
-            yield
-
-    def show_x(self) -> None:
-        if self.mode == "eval":
-            return
-        if self.engine.park is not None:
-            self.optimizer.park = self.engine.park
-        with self.engine.reaching_parameters():
-            self.inner.show_x()
-        self.engine.publish()
-
-    def show_y(self) -> None:
-        if self.mode == "train" and self.settled:
-            return
-        with self.engine.reaching_parameters():
-            # Where the optimizer cannot see that its parameters are shards, all processes decide here.
-            replaced = self.inner.weights_replaced()
-            if self.engine.in_any_process(replaced) and not replaced:
-                self.inner.restart()
-            self.inner.show_y()
-        self.engine.publish()
-
-    def weights_replaced(self) -> bool:
-        if self.mode == "train":
-            return False
-        with self.engine.reaching_parameters():
-            return self.engine.in_any_process(self.inner.weights_replaced())
-
-    def restart(self) -> None:
-        self.inner.restart()
-
-    def extra_state(self) -> dict[str, Any]:
-        return self.inner.extra_state()
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.inner.load_extra_state(state)
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -1,12 +1,16 @@
-"""`WeightSwitch`: the way between x and y for one kind of optimizer."""
+"""`WeightSwitch`: the way between x and y for one kind of optimizer; `EngineSwitch`: the same in an engine."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import distributed
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
+
+if TYPE_CHECKING:
+    from hf_schedulefree.weights.engines import Engine
 
 
 class WeightSwitch:
@@ -67,3 +71,67 @@ class WeightSwitch:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `extra_state` returned, after the optimizer's own state was loaded."""
+
+
+class EngineSwitch(WeightSwitch):
+    """Switches what `switch` knows, in `engine`: reaches all its parameters, and shows them in the module."""
+
+    def __init__(self, switch: WeightSwitch, engine: "Engine"):
+        super().__init__(switch.optimizer)
+        self.inner = switch
+        self.engine = engine
+        only_process = not distributed.is_initialized() or distributed.get_world_size() == 1
+        self.shows_x_alone = engine.shows_x_alone or only_process
+        self.shows_y_alone = engine.shows_y_alone or only_process
+
+    @property
+    def mode(self) -> Literal["train", "eval"]:
+        return self.inner.mode
+
+    @property
+    def settled(self) -> bool:
+        return self.inner.settled
+
+    @property
+    def schedulable(self) -> torch.optim.Optimizer:
+        return self.inner.schedulable
+
+    @contextlib.contextmanager
+    def reaching_parameters(self) -> Iterator[None]:
+        with self.engine.reaching_parameters():
+            yield
+
+    def show_x(self) -> None:
+        if self.mode == "eval":
+            return
+        if self.engine.park is not None:
+            self.optimizer.park = self.engine.park
+        with self.engine.reaching_parameters():
+            self.inner.show_x()
+        self.engine.publish()
+
+    def show_y(self) -> None:
+        if self.mode == "train" and self.settled:
+            return
+        with self.engine.reaching_parameters():
+            # Where the optimizer cannot see that its parameters are shards, all processes decide here.
+            replaced = self.inner.weights_replaced()
+            if self.engine.in_any_process(replaced) and not replaced:
+                self.inner.restart()
+            self.inner.show_y()
+        self.engine.publish()
+
+    def weights_replaced(self) -> bool:
+        if self.mode == "train":
+            return False
+        with self.engine.reaching_parameters():
+            return self.engine.in_any_process(self.inner.weights_replaced())
+
+    def restart(self) -> None:
+        self.inner.restart()
+
+    def extra_state(self) -> dict[str, Any]:
+        return self.inner.extra_state()
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.inner.load_extra_state(state)

@@ -28,6 +28,10 @@ class EngineRow:
         """Changes to the arguments that must be refused -> a word that the message must have."""
         return []
 
+    def memory_options(self):
+        """So that the engine itself does not hold all of this small model at a time."""
+        return {}
+
     def model(self, config, folder):
         return LlamaForCausalLM(config)
 
@@ -106,6 +110,13 @@ class ZeroRow(EngineRow):
                 "stage3_param_persistence_threshold": 100,
             }
         return TrainingArguments(**options, deepspeed=config, bf16=self.bf16, **self.options)
+
+    def memory_options(self):
+        sizes = {"allgather_bucket_size": 100_000}
+        if self.stage == 3:
+            elements = ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+            sizes = {f"stage3_{name}": 100_000 for name in elements}
+        return {"deepspeed": {"zero_optimization": {"stage": self.stage, **sizes}}}
 
     def refused(self):
         offload = {"stage": self.stage, "offload_optimizer": {"device": "cpu"}}

@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import safetensors.torch
 import torch
 from engines import ENGINES, EngineRow
+from memory import memory
 from torch import distributed
 from transformers import LlamaConfig, TrainerCallback, set_seed
 
@@ -46,53 +48,58 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def config():
+def config(**sizes):
     return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        attention_dropout=0.1,  # draws from the generators: a reader that disturbs them would be seen
+        **{
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+            "tie_word_embeddings": True,
+            "attention_dropout": 0.1,  # draws from the generators: a reader that disturbs them would be seen
+            **sizes,
+        }
     )
 
 
 class Lab:
     """One engine in this launch: makes trainers, reads what they hold, keeps the results."""
 
-    def __init__(self, engine: EngineRow, folder: Path):
-        self.engine = engine
+    def __init__(self, name: str, folder: Path):
+        self.name = name
+        self.engine: EngineRow = ENGINES[name]
         self.folder = folder
         self.results = {}
 
-    def trainer(self, name, *, dropout=False, callbacks=(), **options):
+    def trainer(self, name, *, dropout=False, callbacks=(), model_sizes=None, **options):
         set_seed(0)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         accumulation = options.pop("gradient_accumulation_steps", 2)
-        args = self.engine.arguments(
-            output_dir=str(self.folder / name),
-            optim="adamw_schedulefree",
-            learning_rate=0.03,
-            warmup_steps=3,
-            weight_decay=0.1,
-            adam_epsilon=1e-4,  # with less, gradients near zero turn rounding into steps of full length
-            max_grad_norm=0.5,
-            max_steps=STEPS,
-            per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
-            per_device_eval_batch_size=8 // processes,
-            gradient_accumulation_steps=accumulation,
-            logging_strategy="no",
-            save_strategy=options.pop("save_strategy", "no"),
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=1,
-            **options,
-        )
+        defaults = {
+            "output_dir": str(self.folder / name),
+            "optim": "adamw_schedulefree",
+            "learning_rate": 0.03,
+            "warmup_steps": 3,
+            "weight_decay": 0.1,
+            "adam_epsilon": 1e-4,  # with less, gradients near zero turn rounding into steps of full length
+            "max_grad_norm": 0.5,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
+            "per_device_eval_batch_size": 8 // processes,
+            "gradient_accumulation_steps": accumulation,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 1,
+        }
+        args = self.engine.arguments(**{**defaults, **options})
         set_seed(0)
-        model = self.engine.model(config(), self.folder / "start")
+        sizes = model_sizes or {}
+        model = self.engine.model(config(**sizes), self.folder / "_".join(["start", *map(str, sizes.values())]))
         if not dropout:
             model.config.attention_dropout = 0.0
             for module in model.modules():
@@ -261,28 +268,43 @@ def best(lab):
 class FailsToWrite(TrainerCallback):
     """At each step, a file that one process (or each) cannot write: the disk is full."""
 
-    PLAN: ClassVar = {  # step -> rank (None: all), part of the file's path
-        2: (0, "model.safetensors"),
-        3: (0, "optimizer.pt"),
-        4: (1, "rng_state_1.pth"),
-        5: (0, "trainer_state.json"),
-        6: (0, "_saving"),
-        7: (None, "rng_state"),
+    PLANS: ClassVar = {  # the beginning of an engine's name -> step -> rank (None: all), part of the file's path
+        "ddp": {3: (0, "optimizer.pt")},
+        "fsdp2-full": {3: (0, "pytorch_model_fsdp.bin"), 4: (0, "optimizer.bin")},
+        "fsdp2-sharded": {3: (1, "pytorch_model_fsdp_0/__1_0.distcp"), 4: (1, "optimizer_0")},
+        "fsdp2-native": {3: (0, "optimizer_0/.metadata"), 4: (1, "optimizer_0/__1_0.distcp")},
+        "zero1": {3: (1, "zero_pp_rank_1"), 4: (0, "latest")},
+        "zero2": {3: (0, "mp_rank_00_model_states.pt"), 4: (0, "zero_to_fp32.py")},
+        "zero3": {3: (1, "zero_pp_rank_1_mp_rank_00_optim_states.pt"), 4: (1, "zero_pp_rank_1_mp_rank_00_model")},
+        "": {
+            2: (0, "model.safetensors"),
+            4: (1, "rng_state_1.pth"),
+            5: (0, "trainer_state.json"),
+            6: (0, "_saving"),
+            7: (None, "rng_state"),
+        },
     }
 
-    def __init__(self):
+    def __init__(self, engine):
         self.step = 0
+        self.plan = {
+            step: fault
+            for name, plan in reversed(self.PLANS.items())
+            if engine.startswith(name)
+            for step, fault in plan.items()
+        }
         for owner, name, position in (
             (torch, "save", 1),
             (safetensors.torch, "serialize_file", 1),
             (builtins, "open", 0),
+            (io, "open", 0),
             (os, "mkdir", 0),
         ):
             setattr(owner, name, self.failing(getattr(owner, name), position))
 
     def failing(self, write, position):
         def write_or_fail(*args, **kwargs):
-            rank, part = self.PLAN.get(self.step, (None, None))
+            rank, part = self.plan.get(self.step, (None, None))
             path = str(args[position]) if len(args) > position else ""
             concerned = part is not None and "_saving" in path and part in path
             if concerned and rank in (None, int(os.environ["RANK"])):
@@ -300,7 +322,7 @@ def write_errors(lab):
     trainer = lab.trainer(
         "failing",
         dropout=True,
-        callbacks=[FailsToWrite()],
+        callbacks=[FailsToWrite(lab.name)],
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -317,6 +339,7 @@ def write_errors(lab):
     resumed = lab.trainer("failing", dropout=True)
     resumed.train(resume_from_checkpoint=True)
     lab.keep("failing_resumed_step", resumed.state.global_step)
+    lab.keep("failing_resumed", fingerprint(resumed))
 
 
 def refusals(lab):
@@ -332,13 +355,13 @@ def refusals(lab):
     lab.keep("refusals", messages)
 
 
-PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors)}
+PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors, memory)}
 
 
 def main():
     name, folder, *parts = sys.argv[1:]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lab = Lab(ENGINES[name], Path(folder))
+    lab = Lab(name, Path(folder))
     results = Path(folder) / f"results_{os.environ.get('RANK', '0')}.json"
     if results.exists():
         lab.results = json.loads(results.read_text())

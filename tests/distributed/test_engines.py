@@ -4,13 +4,7 @@ Each engine is launched once and does everything (`run.py`); the tests below jud
 its results, not by its exit: DeepSpeed on CPU sometimes aborts after it has finished.
 """
 
-import importlib.util
-import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,75 +16,41 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from engines import ENGINES  # noqa: E402
+from launching import launch, needs_its_engine  # noqa: E402
 from run import STEPS, Sentences  # noqa: E402
 
 from hf_schedulefree.checkpoint import read_record, verify_checkpoint  # noqa: E402
 
-ROOT = HERE.parent.parent
-TIMEOUT = 600
 PARTS = ("trajectory", "readers", "resume", "best", "refusals")
 MATRIX = [name for name, row in ENGINES.items() if row.processes > 1]
+# One engine of each kind; the others differ from these in other things.
+MEASURED = ("fsdp2-full", "fsdp2-sharded", "zero2", "zero3")
+FAILING = ("ddp", "fsdp2-full", "fsdp2-sharded", "zero3")
+
+
+def with_slow(names, chosen):
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 pytestmark = pytest.mark.distributed
-
-
-def launch(engine, folder, parts, processes):
-    """Start the worker once per process, as torchrun does, and wait for the results of all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = [folder / f"done_{rank}" for rank in range(processes)]
-    for mark in done:
-        mark.unlink(missing_ok=True)
-    workers = []
-    for rank in range(processes):
-        with open(folder / f"log_{rank}.txt", "w") as log:
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, str(HERE / "run.py"), engine, str(folder), *parts],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-            if any(worker.poll() not in (None, 0) for worker in workers) and not all(mark.exists() for mark in done):
-                time.sleep(2)  # let the others say what they have to say
-                break
-            time.sleep(0.1)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    if not all(mark.exists() for mark in done):
-        tails = "\n".join((folder / f"log_{rank}.txt").read_text()[-3000:] for rank in range(processes))
-        pytest.fail(f"{engine} on {processes} processes did not finish:\n{tails}")
-    return [json.loads((folder / f"results_{rank}.json").read_text()) for rank in range(processes)]
 
 
 class Run:
     """What one engine left: `ranks` has the numbers of each process, `weights` what a file holds."""
 
     def __init__(self, engine, folder):
-        if "zero" in engine and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("DeepSpeed is not installed; scripts/test.sh installs it")
+        needs_its_engine(engine)
         self.row = ENGINES[engine]
         self.folder = folder / engine
-        self.ranks = launch(engine, self.folder, PARTS if engine in MATRIX else ("trajectory",), self.row.processes)
+        parts = list(PARTS if engine in MATRIX else ("trajectory",))
+        parts += ["memory"] * (engine in MEASURED) + ["write_errors"] * (engine in FAILING)
+        self.ranks = launch(engine, self.folder, parts, self.row.processes)
+
+    def with_part(self, name, key):
+        """The numbers of each process, after this part, too."""
+        if key not in self.ranks[0]:
+            self.ranks = launch(self.folder.name, self.folder, [name], self.row.processes)
+        return self.ranks
 
     def kept(self, name):
         return torch.load(self.folder / f"{name}.pt", weights_only=True)
@@ -229,10 +189,11 @@ def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
     assert largest_difference(left, arrived) < run.row.tolerance
 
 
-def test_a_process_that_cannot_write_ends_no_run(runs):
-    run = runs("ddp")
-    for result in launch("ddp", run.folder, ["write_errors"], run.row.processes):
-        assert result["failing"] == result["quiet"]
+@pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if "bf16" not in name], FAILING))
+def test_a_process_that_cannot_write_ends_no_run(engine, runs):
+    run = runs(engine)
+    for result in run.with_part("write_errors", "failing"):
+        assert result["failing"] == result["failing_resumed"] == result["quiet"]
         assert len(result["failing_said"]) == 6
         for step, text in enumerate(result["failing_said"], start=2):
             assert f"checkpoint-{step} failed" in text and "No space left" in text
@@ -242,6 +203,20 @@ def test_a_process_that_cannot_write_ends_no_run(runs):
     assert [path.name for path in checkpoints] == ["checkpoint-1", f"checkpoint-{STEPS}"]
     for path in checkpoints:
         verify_checkpoint(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if name != "ddp"], MEASURED))
+def test_no_process_holds_a_whole_copy(engine, runs):
+    run = runs(engine)
+    for result in run.with_part("memory", "memory"):
+        taken = result["memory"]
+        assert taken["save_model"] < 0.2
+        assert taken["checkpoint"] < 0.4  # four files are read at a time for their checksums
+        if "zero1" in engine or "zero2" in engine:
+            continue  # every process has the whole module anyway, and gloo a second one at the end of each step
+        assert taken["show"] < 0.6  # y of its half of the model
+        assert taken["evaluate"] < 0.9  # and the layers that are computed
 
 
 @pytest.mark.parametrize("engine", MATRIX)
