@@ -1,18 +1,22 @@
 """Time of one optimizer step, interleaved in one process: ours, schedulefree's, torch's AdamW.
 
     python scripts/benchmark_step.py --sizes 1M 25M 124M --dtype float32 --output_dir runs/benchmark
+    python scripts/benchmark_step.py --device cuda --sizes 124M 1B --dtype float32 bfloat16 --output_dir runs/benchmark
 
-Prints a Markdown table (with hardware and versions) and, with --output_dir, also writes it and a picture there. Needs
-schedulefree (the extra `test`); the row `fused` is the one-pass kernel where numba is installed (the extra `fast`).
+Prints a Markdown table (with hardware, versions, and the speed of a copy) and, with --output_dir, also writes it and a
+picture there. Needs schedulefree (the extra `test`). The rows "one pass" say which kernel ran: numba's (the extra
+`fast`) on CPU, Triton's on GPU. All contenders hold their states at the same time: at 1B in float32, some 80 GB; with
+--only, those whose names contain one of the given texts, and the two that the others are compared with.
 """
 
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import schedulefree
@@ -28,8 +32,16 @@ SIZES = {
     "124M": (768, 12, 50_257, 1_024),
     "1B": (1_600, 30, 50_257, 1_024),
 }
-# Bytes that a step has to move: read y, z, v, g and write y, z, v.
-TENSORS_MOVED = 7
+
+
+def tensors_moved(name: str) -> int:
+    """By a step that touches each once: it reads y, z, v, g and writes y, z, v; and y_low, where there is one."""
+    return 9 if "split" in name else 7
+
+
+# Parts of names that say how a contender is run.
+TORCH_ONLY, GRAPH = "torch operations", "CUDA graph"
+COMPARED_WITH = ("schedulefree, foreach", "torch AdamW, fused")
 
 
 def shapes(size: str) -> list[tuple[int, ...]]:
@@ -41,7 +53,7 @@ def shapes(size: str) -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def torch_operations_only() -> Iterator[None]:
-    """As on a machine without numba."""
+    """As on a machine without numba or triton."""
     found = kernels.one_pass_kernel
     kernels.one_pass_kernel = lambda device_type: None
     try:
@@ -50,7 +62,7 @@ def torch_operations_only() -> Iterator[None]:
         kernels.one_pass_kernel = found
 
 
-def contenders(dtype: torch.dtype) -> dict[str, Callable]:
+def contenders(dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
     """Name -> how to build the optimizer. The first one is what the others are compared with."""
     # In half precision, "parameter" does the same work as the others; "split" is the default, and keeps the average.
     plain = {"state_precision": "parameter"} if dtype in (torch.bfloat16, torch.float16) else {}
@@ -61,13 +73,33 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable]:
         "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
         "ours, for-loop": lambda p: AdamWScheduleFree(p, implementation="for-loop", **plain),
         "ours, foreach": lambda p: AdamWScheduleFree(p, implementation="foreach", **plain),
-        "ours, fused, torch operations": lambda p: AdamWScheduleFree(p, **plain),
+        f"ours, fused, {TORCH_ONLY}": lambda p: AdamWScheduleFree(p, **plain),
     }
-    if kernels.one_pass_kernel("cpu") is not None:
-        rows["ours, fused, one pass"] = lambda p: AdamWScheduleFree(p, **plain)
+    compiler = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    if kernels.one_pass_kernel(device.type) is not None:
+        rows[f"ours, fused, one pass ({compiler})"] = lambda p: AdamWScheduleFree(p, **plain)
+        if device.type == "cuda":
+            rows[f"ours, one pass ({compiler}), {GRAPH}"] = lambda p: AdamWScheduleFree(p, capturable=True, **plain)
     if plain:
-        rows["ours, default (split)"] = lambda p: AdamWScheduleFree(p)
+        is_compiled = kernels.one_pass_half_kernel(device.type, dtype) is not None
+        rows[f"ours, default (split), {f'one pass ({compiler})' if is_compiled else TORCH_ONLY}"] = AdamWScheduleFree
+        if is_compiled:
+            rows[f"ours, default (split), {TORCH_ONLY}"] = AdamWScheduleFree
     return rows
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A step as a CUDA graph, after the ones outside of it that a capture needs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,30 +119,39 @@ def seconds(call: Callable[[], object], device: torch.device, clock: str = "wall
     return CLOCKS[clock]() - start
 
 
-def temporaries(call: Callable[[], object]) -> int:
-    """The bytes that torch allocates during a call (on CPU: in all; a step returns them all)."""
+def temporaries(call: Callable[[], object], device: torch.device) -> int:
+    """The bytes that torch allocates during a call: on CPU in all (a step returns them all), on GPU at its peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     return sum(max(0, event.cpu_memory_usage) for event in profiler.events())
 
 
-def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int, clock: str = "wall") -> list[dict]:
+def measure(
+    size: str, dtype: torch.dtype, device: torch.device, repeats: int, clock: str = "wall", only: Sequence[str] = ("",)
+) -> list[dict]:
     params = [nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * 0.02) for shape in shapes(size)]
     for p in params:
         p.grad = torch.randn_like(p) * 0.01
     count = sum(p.numel() for p in params)
     steps = {}
-    for name, build in contenders(dtype).items():
+    for name, build in contenders(dtype, device).items():
+        if name not in COMPARED_WITH and not any(text in name for text in only):
+            continue
         optimizer = build(params)
         getattr(optimizer, "train", lambda: None)()
 
-        def step(optimizer=optimizer, torch_only="torch operations" in name):
+        def step(optimizer=optimizer, torch_only=TORCH_ONLY in name):
             with torch_operations_only() if torch_only else contextlib.nullcontext():
                 optimizer.step()
 
-        steps[name] = step
         for _ in range(2):  # state, compilation, caches
             step()
+        steps[name] = captured(step) if GRAPH in name else step
     source = torch.ones(count, device=device, dtype=dtype)
     target = torch.empty_like(source)
     times: dict[str, list[float]] = {name: [] for name in [*steps, "copy"]}
@@ -120,7 +161,7 @@ def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int, c
         times["copy"].append(seconds(functools.partial(target.copy_, source), device, clock))
     del source, target
     # A copy moves two tensors; the best of them is the memory limit.
-    limit = min(times["copy"]) / 2 * TENSORS_MOVED
+    per_tensor = min(times["copy"]) / 2
     rows = []
     for name, step in steps.items():
         ratios = sorted(a / b for a, b in zip(times["schedulefree, foreach"], times[name], strict=True))
@@ -134,8 +175,9 @@ def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int, c
                 "ms": f"{statistics.median(times[name]) * 1e3:.2f}",
                 "x schedulefree foreach (min to max)": f"{statistics.median(ratios):.2f} ({spread})",
                 "x torch fused AdamW": f"{fused:.2f}",
-                "of the memory limit": f"{limit / statistics.median(times[name]):.2f}",
-                "allocated, MiB": f"{temporaries(step) / 2**20:.1f}" if device.type == "cpu" else "-",
+                "of the memory limit": f"{per_tensor * tensors_moved(name) / statistics.median(times[name]):.2f}",
+                "allocated, MiB": f"{temporaries(step, device) / 2**20:.1f}",
+                "copy, GB/s": f"{2 * count * dtype.itemsize / min(times['copy']) / 1e9:.0f}",
             }
         )
     return rows
@@ -153,10 +195,9 @@ def environment(device: torch.device) -> str:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     versions = {"torch": torch.__version__, "Python": platform.python_version()}
-    with contextlib.suppress(ImportError):
-        import numba
-
-        versions["numba"] = numba.__version__
+    for library in ("numba", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
     return f"{name}, {torch.get_num_threads()} threads; " + ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
@@ -184,6 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="parts of the names of contenders")
     parser.add_argument("--output_dir", type=Path)
     args = parser.parse_args()
     rows = []
@@ -192,7 +234,7 @@ def main() -> None:
         own = [
             row
             for size in args.sizes
-            for row in measure(size, getattr(torch, dtype), args.device, args.repeats, args.clock)
+            for row in measure(size, getattr(torch, dtype), args.device, args.repeats, args.clock, args.only)
         ]
         rows += own
         if args.output_dir is not None:

@@ -14,8 +14,9 @@ without a draw from any of torch's generators.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,21 +162,25 @@ class RandomKey(NamedTuple):
     parameter: int
 
 
-def rounding_key(seed: int, step: Scalar, parameter: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
+Words = TypeVar("Words", int, Tensor, np.ndarray)
+
+
+def rounding_key(seed: Words, step: Scalar, parameter: Words) -> tuple[Words, Words]:
     """The key of one parameter's random numbers at one step: twice 32 bits.
 
     Args:
         seed: of the run.
-        step: finished steps, `k` of the group; a tensor makes tensors (int64) of the halves.
+        step: finished steps, `k` of the group.
         parameter: its position among all parameters of the optimizer.
+        Arrays (int64) stand for many; a tensor or an array makes such of the halves.
     """
-    # Sums and products of an int64 tensor wrap by themselves.
+    # The sums and products of int64 tensors and arrays wrap by themselves.
     step = step.to(torch.int64) if isinstance(step, Tensor) else int(step)
     key = 0
     for word in (seed, step, parameter):  # SplitMix64, absorbing a word at a time
-        key = _wrapped(key + word + _signed(SPLITMIX[0], 64))
-        key = _wrapped((key ^ _shifted(key, 30, 64)) * _signed(SPLITMIX[1], 64))
-        key = _wrapped((key ^ _shifted(key, 27, 64)) * _signed(SPLITMIX[2], 64))
+        key = wrapped(key + word + _signed(SPLITMIX[0], 64))
+        key = wrapped((key ^ _shifted(key, 30, 64)) * _signed(SPLITMIX[1], 64))
+        key = wrapped((key ^ _shifted(key, 27, 64)) * _signed(SPLITMIX[2], 64))
         key = key ^ _shifted(key, 31, 64)
     return key & 0xFFFFFFFF, _shifted(key, 32, 64)
 
@@ -214,9 +219,9 @@ def bits_for(name: str, bits: Tensor) -> Tensor:
     return _shifted(bits, 16)
 
 
-def _wrapped(number: int | Tensor) -> int | Tensor:
-    """The lower 64 bits as a signed number; an int64 tensor has no others."""
-    return number if isinstance(number, Tensor) else _signed(number & _MASK64, 64)
+def wrapped(number: Words) -> Words:
+    """The lower 64 bits as a signed number; int64 tensors and arrays have no others."""
+    return _signed(number & _MASK64, 64) if isinstance(number, int) else number
 
 
 def _signed(bits: int | Tensor, width: int = 32) -> int | Tensor:

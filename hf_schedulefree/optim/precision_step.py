@@ -40,35 +40,39 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
     In one pass over memory where a kernel is at hand and the tensors allow, unless `implementation` is "for-loop" or
     "foreach"; else slice by slice with torch's operations, which round with the same random numbers.
     """
-    dense: dict[tuple[torch.device, torch.dtype, Storage], list[DenseHalfRow]] = {}
+    dense: dict[tuple[torch.device, torch.dtype, Storage], list[tuple[HalfRow, DenseHalfRow]]] = {}
     for row in rows:
-        tensors = _dense(row, numbers) if implementation in (None, "fused") else None
+        tensors = _dense(row, numbers.direction.beta2 is not None) if implementation in (None, "fused") else None
         if tensors is None:
             _step_in_slices(row, numbers)
         else:
-            dense.setdefault((tensors.y.device, tensors.y.dtype, row.storage), []).append(tensors)
+            dense.setdefault((tensors.y.device, tensors.y.dtype, row.storage), []).append((row, tensors))
     for (device, dtype, _), alike in dense.items():
-        kernels.one_pass_half_kernel(device.type, dtype)(alike, numbers.on(device))
+        kernel = kernels.one_pass_half_kernel(device.type, dtype)
+        if kernel is not None:
+            kernel([tensors for _, tensors in alike], numbers.on(device))
+        else:
+            for row, _ in alike:
+                _step_in_slices(row, numbers)
 
 
-def _dense(row: HalfRow, numbers: StepNumbers) -> DenseHalfRow | None:
-    """The tensors of a row if a one-pass kernel can take them; else None."""
-    p = sharding.local(row.p)
-    if kernels.one_pass_half_kernel(p.device.type, p.dtype) is None:
+def _dense(row: HalfRow, uses_v: bool) -> DenseHalfRow | None:
+    """The tensors of a row if a one-pass kernel for its device and dtype could take them; else None."""
+    p, grad, state, _, key = row
+    tensors = (p, state.get(Y_LOW), state["z"], state["exp_avg_sq"] if uses_v else None, grad)
+    first = 0
+    if type(p) not in kernels.PLAIN_TENSORS:
+        tensors = tuple(None if t is None else sharding.local(t) for t in tensors)
+        first = sharding.first_index(p)
+        p = tensors[0]
+    dtype, device = p.dtype, p.device
+    if first is None or tensors[-1].dtype is not dtype:
         return None
-    v = row.state["exp_avg_sq"] if numbers.direction.beta2 is not None else None
-    tensors = [
-        None if tensor is None else sharding.local(tensor)
-        for tensor in (row.p, row.state.get(Y_LOW), row.state["z"], v, row.grad)
-    ]
-    if not all(t.is_contiguous() and t.device == p.device for t in tensors if t is not None):
+    if not all(t is None or (t.is_contiguous() and t.device == device) for t in tensors):
         return None
-    first = sharding.first_index(row.p)
-    if tensors[-1].dtype != p.dtype or first is None:
+    if device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
         return None
-    if p.device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
-        return None
-    return DenseHalfRow(*tensors, first, row.key)
+    return DenseHalfRow(*tensors, first, key)
 
 
 def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:

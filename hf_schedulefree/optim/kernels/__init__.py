@@ -129,12 +129,10 @@ def dense(row: Row) -> Row | None:
             return None
         y, z, grad = sharding.local(y), sharding.local(z), sharding.local(grad)
         v = None if v is None else sharding.local(v)
-    tensors = (y, z, grad) if v is None else (y, z, v, grad)
-    for t in tensors:
-        if not (
-            type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype == y.dtype and t.device == y.device
-        ):  # a gradient or a state of another kind
-            return None
+    dtype, device = y.dtype, y.device
+    for t in (y, z, grad) if v is None else (y, z, v, grad):
+        if not (type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype is dtype and t.device == device):
+            return None  # a gradient or a state of another kind
     return y, z, v, grad
 
 

@@ -20,7 +20,7 @@ from triton.runtime import JITFunction
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import one_pass_triton
 from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
-from hf_schedulefree.optim.precision import RandomKey
+from hf_schedulefree.optim.precision import RandomKey, wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -133,17 +133,12 @@ def _table(rows: Sequence[DenseHalfRow]) -> tuple[Tensor, int]:
     y_low[:] = y if rows[0].y_low is None else [row.y_low.data_ptr() for row in rows]
     v[:] = z if rows[0].v is None else [row.v.data_ptr() for row in rows]
     first[:] = [row.first for row in rows]
-    seed[:] = [_wrapped(row.key.seed) for row in rows]
+    seed[:] = [wrapped(row.key.seed) for row in rows]
     parameter[:] = [row.key.parameter for row in rows]
     aligned[:] = (columns[3:8] % _ALIGNMENT == 0).all(0)
     chunks[:] = np.cumsum(-(-elements // CHUNK))
     table = np.concatenate(([len(rows)], columns.ravel()))
     return _on_device(table, rows[0].y.device), int(chunks[-1])
-
-
-def _wrapped(number: int) -> int:
-    """Any whole number as the int64 with the same lower 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
 
 
 def _on_device(table: np.ndarray, device: torch.device) -> Tensor:

@@ -118,13 +118,15 @@ def _worker(low_bits: bool, wide: bool, kind: int) -> Work:
 def step_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
     """One step in place for bfloat16 parameters on CPU whose state is stored alike; no index crosses 2^32."""
     table = np.empty((len(rows), 8), np.int64)
-    for i, (y, y_low, z, v, grad, first, random_key) in enumerate(rows):
-        # A tensor that there is not is never touched; any address will do.
-        tensors = (y, y if y_low is None else y_low, z, z if v is None else v, grad)
-        addresses = (tensor.data_ptr() for tensor in tensors)
-        key = precision.rounding_key(random_key.seed, numbers.k, random_key.parameter)
-        table[i] = [*addresses, y.numel(), precision.first_hash(key, first), key[1]]
-    _, y_low, z, *_ = rows[0]
-    work = _worker(y_low is not None, z.dtype == torch.float32, kind_of(numbers))
+    y, y_low, z, v, grad, first, keys = zip(*rows, strict=True)
+    # A tensor that there is not is never touched; any address will do.
+    columns = (y, y if y_low[0] is None else y_low, z, z if v[0] is None else v, grad)
+    for column, tensors in enumerate(columns):
+        table[:, column] = [tensor.data_ptr() for tensor in tensors]
+    table[:, 5] = [tensor.numel() for tensor in y]
+    seeds, parameters = ([precision.wrapped(key[i]) for key in keys] for i in range(2))
+    key = precision.rounding_key(np.array(seeds), numbers.k, np.array(parameters))
+    table[:, 6], table[:, 7] = precision.first_hash(key, np.array(first)), key[1]
+    work = _worker(y_low[0] is not None, z[0].dtype == torch.float32, kind_of(numbers))
     compiled.run(work, table, plain_numbers(numbers), int(table[:, 5].sum()))
-    torch.autograd.graph.increment_version([row[0] for row in rows])  # autograd must notice, as for torch's operations
+    torch.autograd.graph.increment_version(y)  # autograd must notice, as for torch's operations
