@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_schedulefree.optim import kernels, precision, sharding
 from hf_schedulefree.optim.kernels import Implementation, torch_ops
 from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
-from hf_schedulefree.optim.precision import Y_LOW, RandomKey, Storage
+from hf_schedulefree.optim.precision import Y_LOW, RandomKey, Storage, Words
 
 # Elements that are in float32 at a time: small enough for the caches of a CPU, large enough to fill a GPU.
 _SLICE_ELEMENTS = {"cpu": 2**17}
@@ -81,11 +81,11 @@ def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:
     key = precision.rounding_key(random_key.seed, numbers.k, random_key.parameter)
     uses_v = numbers.direction.beta2 is not None
     names = ["z", *([Y_LOW] if storage.low_bits else []), *(["exp_avg_sq"] if uses_v else [])]
-    for part, index in _slices({"p": p, "grad": grad, **{name: state[name] for name in names}}, p):
+    for part, start in _slices({"p": p, "grad": grad, **{name: state[name] for name in names}}):
         y = precision.join(part["p"], part[Y_LOW]) if storage.low_bits else part["p"].float()
         z, v = part["z"].float(), [part["exp_avg_sq"].float()] if uses_v else []
         torch_ops.foreach_([y], [z], v, [part["grad"].float()], numbers)
-        bits = precision.random_bits(key, index) if storage.is_random else None
+        bits = _random_bits(p, key, start, y) if storage.is_random else None
         if storage.low_bits:
             high, low = precision.split(y, p.dtype)
             part["p"].copy_(high)
@@ -99,22 +99,29 @@ def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:
 
 def _store(kept: Tensor, value: Tensor, name: str, bits: Tensor | None) -> None:
     if kept.dtype == torch.float32:
-        kept.copy_(value)
+        if kept is not value:  # `float()` gave the state itself
+            kept.copy_(value)
     else:
         kept.copy_(precision.round_stochastically(value, kept.dtype, precision.bits_for(name, bits)))
 
 
-def _slices(tensors: dict[str, Tensor], p: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Views of the tensors, a bounded number of elements at a time, and the elements' global indices."""
+def _random_bits(p: Tensor, key: tuple[Words, Words], start: int, values: Tensor) -> Tensor:
+    """For the elements of this process's shard of `p` from `start` on, one for each of `values`."""
+    first = sharding.first_index(p)
+    if first is not None:
+        return precision.random_bits_in_a_row(key, first + start, values.numel(), values.device).view(values.shape)
+    index = sharding.global_index(p, start, start + values.numel())
+    return precision.random_bits(key, index).view(values.shape)
+
+
+def _slices(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Views of the tensors, a bounded number of elements at a time, and the place of the first."""
     tensors = {name: sharding.local(tensor) for name, tensor in tensors.items()}
-    shape = tensors["p"].shape
-    count = tensors["p"].numel()
+    p = tensors["p"]
     if not all(tensor.is_contiguous() for name, tensor in tensors.items() if name != "grad"):
-        yield tensors, sharding.global_index(p, 0, count).view(shape)
+        yield tensors, 0
         return
     flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
     size = _SLICE_ELEMENTS.get(p.device.type, _SLICE_ELEMENTS_ON_DEVICE)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        part = {name: tensor[start:stop] for name, tensor in flat.items()}
-        yield part, sharding.global_index(p, start, stop)
+    for start in range(0, p.numel(), size):
+        yield {name: tensor[start : start + size] for name, tensor in flat.items()}, start
