@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import _is_peft_model
@@ -15,6 +15,7 @@ from transformers.utils import is_sagemaker_mp_enabled, logging
 from hf_schedulefree import weights
 from hf_schedulefree.checkpoint import CannotStream, describe_weight_files, streamed_weight_files
 from hf_schedulefree.optim import ScheduleFreeOptimizer
+from hf_schedulefree.optim.pieces import AveragedPieces
 from hf_schedulefree.rng import generators_restored
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,7 @@ class StreamedSaveMixin:
         if not self._streaming or self._switch.mode == "eval" or not self.args.should_save:
             return super()._save(*args, **kwargs)
         try:
-            with _x_in_weight_files(self.model, self._switch.optimizer):
+            with _x_in_weight_files(self.model, self._switch.optimizer.x_in_pieces()):
                 return super()._save(*args, **kwargs)
         except CannotStream as refusal:
             self._cannot_stream = str(refusal)
@@ -95,10 +96,9 @@ class StreamedSaveMixin:
 
     def _can_stream(self) -> bool:
         """Whether a save may be tried without a switch; in the end it depends on what is handed to the writer."""
-        switch = self._switch
         return (
             self._cannot_stream is None
-            and _gives_x_in_pieces(switch)
+            and _x_in_pieces(self._switch) is not None
             and self._writes_by_save()
             and not self._batch_norm_callbacks
             and self._only_known_code_saves()
@@ -147,38 +147,39 @@ def save_averaged(
         options: `max_shard_size` and what else `save_pretrained` takes.
     """
     switch = weights.switch_for(model, optimizer)
-    if _gives_x_in_pieces(switch) and _hands_on_its_own_tensors(model):
-        with contextlib.suppress(CannotStream), _x_in_weight_files(model, switch.optimizer):
+    in_pieces = _x_in_pieces(switch)
+    if in_pieces is not None and _hands_on_its_own_tensors(model):
+        with contextlib.suppress(CannotStream), _x_in_weight_files(model, in_pieces):
             return model.save_pretrained(save_directory, **options)
     with weights.averaged_weights(model, optimizer):
         return model.save_pretrained(save_directory, **options)
 
 
-def _x_in_weight_files(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> contextlib.AbstractContextManager[None]:
+def _x_in_weight_files(
+    model: nn.Module, in_pieces: list[tuple[Tensor, AveragedPieces]]
+) -> contextlib.AbstractContextManager[None]:
     """Within: of the parameters of `model` that hold y, x goes into the safetensors files that are written."""
     of_model = {id(p) for p in model.parameters()}
-    in_pieces = optimizer.x_in_pieces()
     required = [p for p, _ in in_pieces if id(p) in of_model]
     return streamed_weight_files(in_pieces, [*model.parameters(), *model.buffers()], required)
 
 
-def _gives_x_in_pieces(switch: weights.WeightSwitch | None) -> bool:
-    """Whether parameters that hold y are all that there is to switch, and nobody changed what the modes mean."""
+def _x_in_pieces(switch: weights.WeightSwitch | None) -> list[tuple[Tensor, AveragedPieces]] | None:
+    """x of the parameters; None unless they hold y, and are all that a switch changes, in the way that is known."""
     if type(switch) is not weights.WeightSwitch:
-        return False
+        return None
     optimizer = switch.optimizer
     if not all(group["train_mode"] is True for group in optimizer.param_groups):
-        return False
+        return None
     if optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks:
-        return False
+        return None
     for name in ("eval", "train", "state_dict"):
         if getattr(type(optimizer), name) is not getattr(ScheduleFreeOptimizer, name) or name in vars(optimizer):
-            return False
+            return None
     try:
-        optimizer.x_in_pieces()
+        return optimizer.x_in_pieces()
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _is_known(owner: Any, name: str, packages: tuple[str, ...]) -> bool:

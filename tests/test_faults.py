@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from checkpoint_runs import same, tiny_trainer, weights_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from hf_schedulefree import saving
 from hf_schedulefree.checkpoint import CheckpointError, latest_committed, read_header, read_record, verify_checkpoint
@@ -56,9 +58,9 @@ class FailingOperations:
 
     def __init__(self, monkeypatch, folder, at=None, code=errno.ENOSPC, lasting=False):
         self.folder, self.at, self.code, self.lasting, self.count = str(folder), at, code, lasting, 0
-        for owner, names in ((os, ("mkdir", "open", "fsync", "rename", "replace")), (builtins, ("open",))):
-            for name in names:
-                monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
+        names = ("mkdir", "open", "fsync", "rename", "replace", "posix_fallocate")
+        for owner, name in (*((os, name) for name in names), (builtins, "open")):
+            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
         monkeypatch.setattr(torch, "save", self.wrap(torch.save, 1, RuntimeError))
         monkeypatch.setattr(
             safetensors.torch,
@@ -84,9 +86,33 @@ class FailingOperations:
                     if error is not None:
                         raise error(f"Error while serializing: I/O error: {text} (os error {self.code})")
                     raise OSError(self.code, text, str(target))
-            return operation(*args, **kwargs)
+            result = operation(*args, **kwargs)
+            # A file without a buffer: a piece of a tensor with each write.
+            return FailingFile(result, self) if concerned and writes and isinstance(result, io.FileIO) else result
 
         return wrapped
+
+
+class FailingFile:
+    """A file of which the first, and each 6th write after it, are operations as well."""
+
+    def __init__(self, file, operations):
+        self.file, self.writes = file, 0
+        self.counted = operations.wrap(lambda path, content: file.write(content))
+        self.path = operations.folder
+
+    def write(self, content):
+        self.writes += 1
+        return self.counted(self.path, content) if self.writes % 6 == 1 else self.file.write(content)
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.file.close()
 
 
 builtins_open = builtins.open
@@ -97,24 +123,29 @@ def failing_run(folder, monkeypatch, at, code, lasting=False):
     trainer = tiny_trainer(folder, save_total_limit=1, max_steps=3, save_steps=1)
     lines = []
     monkeypatch.setattr(saving.logger, "error", lambda text, *args: lines.append(text))
-    save = trainer._save_checkpoint
-    counted = []
-
-    def save_with_fault(*args, **kwargs):
-        if trainer.state.global_step != 2:
-            return save(*args, **kwargs)
-        with pytest.MonkeyPatch.context() as patch:
-            faults = FailingOperations(patch, folder, at, code, lasting)
-            try:
-                return save(*args, **kwargs)
-            finally:
-                counted.append(faults.count)
-                present = latest_whole(folder)
-                assert present, f"operation {at}: no whole checkpoint is left"
-
-    trainer._save_checkpoint = save_with_fault
+    faults = FaultsInSecondSave(folder, at, code, lasting, trainer)
+    trainer.add_callback(faults)
     trainer.train()
-    return trainer, lines, counted[0]
+    return trainer, lines, faults.count
+
+
+class FaultsInSecondSave(TrainerCallback):
+    """Around the save at step 2, by events: a method of the Trainer's that were replaced would change how it saves."""
+
+    def __init__(self, folder, at, code, lasting, trainer):
+        self.arguments, self.trainer = (folder, at, code, lasting), trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            assert self.trainer._can_stream()
+            self.patch = pytest.MonkeyPatch()
+            self.faults = FailingOperations(self.patch, *self.arguments)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.patch.undo()
+            self.count = self.faults.count
+            assert latest_whole(self.arguments[0]), f"operation {self.arguments[1]}: no whole checkpoint is left"
 
 
 def latest_whole(folder):

@@ -1,13 +1,16 @@
 """Saves that write x without showing it: the same files as the ordinary way writes, and parameters left alone."""
 
+import builtins
 import contextlib
 import copy
+import errno
 import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,10 +29,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_callback import ExportableState
 
 from hf_schedulefree import BatchNormRecalibrationCallback, ScheduleFreeMixin, ScheduleFreeTrainer, averaged_weights
-from hf_schedulefree.checkpoint import CannotStream, streamed_weight_files, verify_checkpoint
+from hf_schedulefree.checkpoint import CannotStream, streamed_weight_files, verify_checkpoint, writing
+from hf_schedulefree.checkpoint.files import TORCH_DTYPES
+from hf_schedulefree.checkpoint.writing import write_safetensors
 from hf_schedulefree.optim import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
+from hf_schedulefree.optim.pieces import AveragedPieces
 from hf_schedulefree.streamed_save import save_averaged
 from hf_schedulefree.weights import WeightSwitch
 
@@ -331,8 +338,6 @@ def test_shards_are_those_of_save_pretrained(optimizer_class, implementation, tm
 
 def test_many_pieces_and_the_ends_of_tensors(tmp_path, monkeypatch):
     """Tensors of all sizes around that of a piece."""
-    from hf_schedulefree.checkpoint import writing
-
     monkeypatch.setattr(writing, "_PIECE_ELEMENTS", 64)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         model = nn.ParameterList([torch.randn(n).to(dtype) for n in (1, 63, 64, 65, 127, 128, 129, 1000)])
@@ -348,9 +353,6 @@ def test_many_pieces_and_the_ends_of_tensors(tmp_path, monkeypatch):
 
 def test_the_file_is_that_of_safetensors(tmp_path):
     """Every dtype, names of all kinds, scalars, tensors without elements; metadata apart."""
-    from hf_schedulefree.checkpoint.files import TORCH_DTYPES
-    from hf_schedulefree.checkpoint.writing import write_safetensors
-
     tensors = {
         f'{i % 3} ü\n"{name}': torch.ones(i + 1, 2).to(dtype) for i, (name, dtype) in enumerate(TORCH_DTYPES.items())
     }
@@ -536,8 +538,6 @@ def test_parameters_that_share_memory_are_not_streamed(tmp_path, switches):
 
 def test_two_saves_at_once_in_two_threads(tmp_path):
     """Another thread's files are its own affair."""
-    import threading
-
     model = llama()
     optimizer = stepped(model, AdamWScheduleFree(model.parameters(), lr=0.1))
     mine, others = dict(model.state_dict()), {"other": torch.arange(3.0)}
@@ -555,8 +555,6 @@ def test_two_saves_at_once_in_two_threads(tmp_path):
 
 
 def test_batch_norm_callbacks_optimizer_hooks_and_exported_callbacks_take_the_ordinary_way(tmp_path, switches):
-    from transformers.trainer_callback import ExportableState
-
     class Exports(TrainerCallback, ExportableState):
         def state(self):
             return {"args": {}, "attributes": {}}
@@ -655,6 +653,93 @@ def test_only_callbacks_that_listen_are_worth_a_switch(tmp_path, switches):
         )
         saved = load_file(tmp_path / folder / "checkpoint-2/model.safetensors")
         assert all(any(torch.equal(p, tensor) for tensor in saved.values()) for p in seen[0])
+
+
+# Errors
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_reserves_no_space(code, tmp_path, monkeypatch):
+    tensors = {"one": torch.arange(5.0), "two": torch.arange(300)}
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(tmp_path / "reserved", entries, tensors.__getitem__)
+
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    write_safetensors(tmp_path / "not", entries, tensors.__getitem__)
+    monkeypatch.delattr(os, "posix_fallocate")
+    write_safetensors(tmp_path / "unknown", entries, tensors.__getitem__)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("operation", ["open", "posix_fallocate", "write", "replace", "content"])
+def test_a_save_that_fails_leaves_the_former_file_and_the_parameters(operation, tmp_path, monkeypatch):
+    def save(trainer):
+        trainer.save_model(tmp_path / "saved")
+        former = (tmp_path / "saved/model.safetensors").read_bytes()
+        before, files = everything(trainer), files_in(tmp_path / "saved")
+        with monkeypatch.context() as patch:
+
+            def fail(*args, **kwargs):
+                if operation != "open" or "model.safetensors" in str(args[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return plain_open(*args, **kwargs)
+
+            if operation == "write":
+                patch.setattr(writing, "_write_tensor", fail)
+            elif operation == "content":
+                patch.setattr(AveragedPieces, "read", fail)
+            elif operation == "open":
+                plain_open = builtins.open
+                patch.setattr(builtins, "open", fail)
+            else:
+                patch.setattr(os, operation, fail)
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                trainer.save_model(tmp_path / "saved")
+        assert (tmp_path / "saved/model.safetensors").read_bytes() == former
+        assert files_in(tmp_path / "saved") == files and unchanged(before, everything(trainer))
+        assert not trainer._streaming and trainer._cannot_stream is None
+        assert inner(trainer.optimizer).state_dict()["param_groups"][0]["train_mode"] is True
+
+    in_training(tmp_path / "run", llama(), save)
+
+
+def test_short_writes(tmp_path, monkeypatch):
+    """The system may write less than it is given."""
+
+    class Slow:
+        def __init__(self):
+            self.written = bytearray()
+
+        def write(self, content):
+            part = bytes(content[:7])
+            self.written += part
+            return len(part)
+
+    slow = Slow()
+    writing._write(slow, b"0123456789" * 10)
+    assert slow.written == b"0123456789" * 10
+
+
+# Size
+
+
+def test_a_checkpoint_is_that_of_adamw_and_one_copy_of_the_trainable_parameters(tmp_path):
+    for build in (functools.partial(llama, hidden_size=64), functools.partial(lora, modules_to_save=["lm_head"])):
+        sizes = []
+        for trainer_class, optim in ((Trainer, "adamw_torch"), (ScheduleFreeTrainer, "adamw_schedulefree")):
+            folder = tmp_path / f"{build.func.__name__}-{optim}"
+            options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+            trainer = make_trainer(folder, trainer_class, build(), optim=optim, **options)
+            trainer.train()
+            sizes.append(
+                sum((folder / "checkpoint-2" / name).stat().st_size for name in files_in(folder / "checkpoint-2"))
+            )
+        copy_of_them = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+        # The record, and what the header of the weights says: the same few KiB for a model of any size.
+        assert sizes[1] - sizes[0] <= copy_of_them + 4096
 
 
 # Several processes

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, kernels, precision
+from hf_schedulefree.optim import averaging, kernels, precision, switching
 from hf_schedulefree.optim.precision import Y_LOW
 
 
@@ -31,11 +31,8 @@ class AveragedPieces:
         self._y = p.detach().view(-1)
         self._state = {name: t.detach().view(-1) for name, t in stored.items()}
         self._beta = beta
-        self._kernel = None
-        row = (self._y, self._y, None, self._state["z"])
-        alike = Y_LOW not in stored and p.dtype in kernels.ONE_PASS_DTYPES and kernels.dense(row) is not None
-        if one_pass and alike and p.device.type == "cpu":
-            self._kernel = kernels.switch_kernel()
+        compilable = one_pass and switching.compilable(p, {**state, "y": p}) is not None
+        self._kernel = kernels.switch_kernel() if compilable else None
 
     @torch.no_grad()
     def read(self, first: int, into: Tensor) -> None:
@@ -43,7 +40,9 @@ class AveragedPieces:
         part = slice(first, first + into.numel())
         y, state = self._y[part], {name: t[part] for name, t in self._state.items()}
         if self._kernel is not None:
-            self._kernel.show_x_([into], [y], [state["z"]], self._beta)
+            low = ([state[Y_LOW]],) if Y_LOW in state else ()
+            # Bound by memory, and waiting for other threads would cost more than a piece does.
+            self._kernel.show_x_([into], [y], [state["z"]], self._beta, *low, one_thread=True)
         else:
             into.copy_(averaging.x_from_y(precision.wide(y, state), state["z"], self._beta).to(into.dtype))
 

@@ -142,7 +142,7 @@ def _divide(started: Iterable[Started], one_pass: bool) -> "tuple[ModuleType | N
     buckets: dict[object, list[list[Tensor]]] = {}
     others: list[Started] = []
     for p, state in started:
-        tensors = _compilable(p, state)
+        tensors = compilable(p, state)
         if tensors is None:
             others.append((p, state))
         else:
@@ -150,7 +150,7 @@ def _divide(started: Iterable[Started], one_pass: bool) -> "tuple[ModuleType | N
     return kernel, [tuple(map(list, zip(*rows, strict=True))) for rows in buckets.values()], others
 
 
-def _compilable(p: Tensor, state: Mapping[str, Tensor]) -> list[Tensor] | None:
+def compilable(p: Tensor, state: Mapping[str, Tensor]) -> list[Tensor] | None:
     """p, y, z and, where there is one, y_low as the kernel takes them; None if it cannot."""
     tensors = [p, state["y"], state["z"], *([state[precision.Y_LOW]] if precision.Y_LOW in state else [])]
     if len({getattr(t, "placements", None) for t in tensors}) > 1:

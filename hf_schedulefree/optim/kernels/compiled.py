@@ -96,6 +96,7 @@ def run(
     weight: int = 1,
     counted: int = 0,
     extra: int = 0,
+    one_thread: bool = False,
 ) -> int:
     """Do a job in torch's number of threads.
 
@@ -107,11 +108,14 @@ def run(
         weight: how many elements of a tensor each of these stands for.
         counted: where to begin to count.
         extra: an address for the workers.
+        one_thread: do it in the calling thread.
 
     Returns:
         What the workers have counted.
     """
     threads_used = max(1, min(torch.get_num_threads(), elements * weight // _ELEMENTS_PER_THREAD))
+    if one_thread:
+        threads_used = 1
     part = elements
     if threads_used > 1:
         part = min(max(elements * weight // (threads_used * _PARTS_PER_THREAD), _SMALLEST_PART), _LARGEST_PART)

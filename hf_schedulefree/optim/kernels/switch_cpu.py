@@ -81,13 +81,19 @@ def _worker(dtype: torch.dtype, compares: bool, low_bits: bool, wide_z: bool) ->
 
 
 def show_x_(
-    p: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor], beta: float, y_low: Sequence[Tensor] = ()
+    p: Sequence[Tensor],
+    y: Sequence[Tensor],
+    z: Sequence[Tensor],
+    beta: float,
+    y_low: Sequence[Tensor] = (),
+    *,
+    one_thread: bool = False,
 ) -> None:
     """Write x into `p`; contiguous CPU tensors of one dtype (float32, float64 or bfloat16).
 
     bfloat16 may have `y_low` (see `precision`), and z in float32.
     """
-    _run(p, y, z, beta, y_low, compares=False)
+    _run(p, y, z, beta, y_low, compares=False, one_thread=one_thread)
     torch.autograd.graph.increment_version(p)
 
 
@@ -106,6 +112,7 @@ def _run(
     y_low: Sequence[Tensor],
     *,
     compares: bool,
+    one_thread: bool = False,
 ) -> int:
     table = np.empty((len(p), 5), np.int64)
     for column, tensors in enumerate((p, y, z, y_low or y)):
@@ -113,4 +120,4 @@ def _run(
     table[:, 4] = [tensor.numel() for tensor in p]
     dtype = p[0].dtype
     work = _worker(dtype, compares, bool(y_low), z[0].dtype != dtype)
-    return compiled.run(work, table, (1 - 1 / beta,), int(table[:, 4].sum()))
+    return compiled.run(work, table, (1 - 1 / beta,), int(table[:, 4].sum()), one_thread=one_thread)
