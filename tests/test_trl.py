@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 from hf_schedulefree import ScheduleFreeMixin
+from hf_schedulefree.weights import WeightSwitch
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -157,6 +158,25 @@ def test_sft(case, tmp_path, monkeypatch):
         **({"peft_config": lora()} if with_lora else {}),
     )
     train_and_check(trainer, witness, monkeypatch, tmp_path, with_lora)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_sft_saves_x_without_a_switch(with_lora, tmp_path, monkeypatch):
+    switches, show_x = [], WeightSwitch.show_x
+    monkeypatch.setattr(WeightSwitch, "show_x", lambda self: switches.append(show_x(self)))
+    witness = Witness()
+    trainer = SFT(
+        model=tiny_llama(),
+        args=arguments(trl.SFTConfig, tmp_path, eval_strategy="no"),
+        train_dataset=chats(32),
+        processing_class=tiny_tokenizer(),
+        callbacks=[witness],
+        **({"peft_config": lora()} if with_lora else {}),
+    )
+    trainer.train()
+    assert len(switches) == 1  # at the end of the training
+    for step in (2, 4):
+        witness.assert_at_x(step, saved(tmp_path / f"checkpoint-{step}", with_lora))
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
