@@ -439,3 +439,43 @@ def test_the_one_pass_switch_of_half_precision_gives_the_bits_of_torchs_operatio
         assert calls and switching.holds_x(started, 0.9, one_pass=False) and switching.holds_x(started, 0.9)
         params[2][7, 3] += 0.5
         assert not switching.holds_x(started, 0.9)
+
+
+def compiled_steps(monkeypatch, elements, dtype=torch.float32, **options):
+    """Whether the step and the switch of an optimizer of two groups ask for the compiled kernels."""
+    asked = []
+    monkeypatch.setattr(kernels, "COMPILED_FROM", 1000)
+    monkeypatch.setattr(kernels, "switch_kernel", lambda: asked.append("switch"))
+    monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: asked.append("step"))
+    params = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (elements - 10, 10)]
+    optimizer = AdamWScheduleFree([{"params": [p]} for p in params], **options)
+    optimizer.train()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    return sorted(set(asked))
+
+
+def test_small_models_do_without_numba(monkeypatch):
+    assert compiled_steps(monkeypatch, 999) == []
+    assert compiled_steps(monkeypatch, 999, implementation="fused") == ["step", "switch"]
+    assert compiled_steps(monkeypatch, 1000) == ["step", "switch"]
+    assert compiled_steps(monkeypatch, 1000, implementation="foreach") == []
+
+
+def test_the_default_bound_keeps_numba_out_of_a_small_run():
+    code = """
+import sys, torch
+from hf_schedulefree.optim import AdamWScheduleFree
+p = torch.nn.Parameter(torch.zeros(1000))
+optimizer = AdamWScheduleFree([p])
+optimizer.train()
+p.grad = torch.ones_like(p)
+optimizer.step()
+optimizer.eval()
+optimizer.train()
+assert "hf_schedulefree.optim.kernels.one_pass_cpu" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

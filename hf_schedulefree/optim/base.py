@@ -71,11 +71,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             own). With capturable=True, `step` may be captured in a CUDA graph after a first step: the counters are
             tensors on the device, and so is an `lr` that is to change from replay to replay.
         implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations), "fused" (one pass over
-            memory, where a compiler is at hand: see `kernels`) or None (the fastest that the tensors allow). All give
-            the same numbers within rounding.
+            memory, where a compiler is at hand: see `kernels`) or None ("fused", but with less than a million
+            parameters on CPU by torch's operations: numba would cost more than it saves). All give the same numbers
+            within rounding.
         park: how y is kept in eval mode: "copy" (one more copy of the parameters), "residual" (1 byte per parameter: y
             follows from x and z but for rounding, and that is what is kept) or None ("residual"). Where a residual will
-            not do (it takes float32 or float64 on CPU, and numba) it is a copy. Exact in either way.
+            not do (it takes float32 or float64 on CPU, and the compiled kernels) it is a copy. Exact in either way.
         foreach: accepted for code written for `schedulefree`: True means implementation="foreach", False "for-loop".
 
     Raises:
@@ -245,7 +246,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
 
     @property
     def _one_pass(self) -> bool:
-        return self.implementation in ("fused", None)
+        """Whether the compiled kernels for CPU may be used: a choice that stays the same all through a run."""
+        if self.implementation is not None:
+            return self.implementation == "fused"
+        params = [p for group in self.param_groups for p in group["params"]]
+        small = sum([p.numel() for p in params]) < kernels.COMPILED_FROM
+        return not small or any(p.dtype in precision.HALF_DTYPES for p in params)
 
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
@@ -387,10 +393,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capturable.check_capture(self)
+        one_pass = self._one_pass
         for index, group in enumerate(self.param_groups):
             if group["params"]:
                 self._recall_counters(group)
-                self._step_group(index, group)
+                self._step_group(index, group, one_pass=one_pass)
                 self._keep_counters(group)
         return loss
 
@@ -435,7 +442,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if "z" in self.state.get(p, ()):
                 self.state[p]["counters"] = {name: group[name] for name in _FRESH_COUNTERS}
 
-    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+    def _step_group(self, index: int, group: dict[str, Any], *, one_pass: bool) -> None:
         capturable.place_counters(group)
         lr = capturable.learning_rate(group) * self._lr_factor(group)
         capturable.set_counter(group, "scheduled_lr", lr)  # the rate this step really used, for logging
@@ -464,7 +471,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             key = RandomKey(group["rounding_seed"], position)
             half_rows.append(HalfRow(p, grad, state, storage, key))
         if rows:
-            kernels.step_(rows, numbers, self.implementation)
+            kernels.step_(rows, numbers, self.implementation, compiled=one_pass)
         if half_rows:
             precision_step.step_(half_rows, numbers, self.implementation)
         capturable.set_counter(group, "k", group["k"] + 1)

@@ -5,7 +5,7 @@
 | "for-loop" | torch's operations, one tensor at a time |
 | "foreach"  | torch's multi-tensor operations |
 | "fused"    | one pass over memory: by numba (the extra `fast`) on CPU, by triton on GPU; without, torch's fused Adam |
-| None       | "fused" |
+| None       | "fused"; on CPU without numba for less than a million parameters (COMPILED_FROM) |
 
 "fused" takes the tensors that it can (dense, of one dtype and device); all others are stepped one at a time.
 """
@@ -40,15 +40,28 @@ _ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.flo
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
-def step_(rows: Sequence[Row], numbers: StepNumbers, implementation: Implementation | None = None) -> None:
-    """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1; gradients keep their values."""
+# numba takes 100 MiB and most of a second of each process, which is more than it saves where a step is short anyway.
+COMPILED_FROM = 1_000_000
+
+
+def step_(
+    rows: Sequence[Row], numbers: StepNumbers, implementation: Implementation | None = None, *, compiled: bool = True
+) -> None:
+    """One step in place for many parameters, from y_t, z_t, v_t to those of t + 1; gradients keep their values.
+
+    Args:
+        rows: the parameters.
+        numbers: what they share.
+        implementation: see above.
+        compiled: whether numba may be used.
+    """
     if implementation == "for-loop":
         for row in rows:
             _foreach([row], numbers)
     elif implementation == "foreach":
         _foreach(rows, numbers)
     else:
-        _fused(rows, numbers)
+        _fused(rows, numbers, compiled)
 
 
 def _foreach(rows: Sequence[Row], numbers: StepNumbers) -> None:
@@ -59,7 +72,7 @@ def _foreach(rows: Sequence[Row], numbers: StepNumbers) -> None:
             torch_ops.foreach_(*_columns(chunk), numbers.on(device))
 
 
-def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
+def _fused(rows: Sequence[Row], numbers: StepNumbers, compiled: bool) -> None:
     buckets: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
     if _all_plain_and_alike(rows):
         buckets[rows[0][0].device, rows[0][0].dtype] = list(rows)
@@ -71,7 +84,7 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers) -> None:
             else:
                 buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
-        kernel = one_pass_kernel(device.type)
+        kernel = one_pass_kernel(device.type) if compiled or device.type != "cpu" else None
         if kernel is not None and dtype in _ONE_PASS_DTYPES[device.type]:
             kernel(*_columns(bucket), numbers.on(device))
         elif dtype in _FUSED_DTYPES and numbers.on(device).are_plain:
