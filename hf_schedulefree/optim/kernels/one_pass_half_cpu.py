@@ -13,7 +13,18 @@ from numba import carray, njit
 
 from hf_schedulefree.optim import precision
 from hf_schedulefree.optim.kernels import compiled
-from hf_schedulefree.optim.kernels.compiled import bfloat16_to_float32, joined, pointer, rows_and_numbers, take_part
+from hf_schedulefree.optim.kernels.compiled import (
+    add,
+    bfloat16_to_float32,
+    both,
+    either,
+    joined,
+    multiply,
+    pointer,
+    rows_and_numbers,
+    shift_right,
+    take_part,
+)
 from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
 from hf_schedulefree.optim.kernels.one_pass_cpu import NORMALIZE, PLAIN, kind_of, plain_numbers
 from hf_schedulefree.optim.kernels.threads import Work
@@ -28,31 +39,30 @@ _NAN = np.uint16(0x7FC0)
 
 @njit(inline="always")
 def _random(h, key):
-    h = np.uint32((h ^ (h >> np.uint32(16))) * _FIRST)
-    h = np.uint32((h ^ (h >> np.uint32(15)) ^ key) * _SECOND)
-    return np.uint32(h ^ (h >> np.uint32(16)))
+    h = multiply(either(h, shift_right(h, 16)), _FIRST)
+    h = multiply(either(either(h, shift_right(h, 15)), key), _SECOND)
+    return either(h, shift_right(h, 16))
 
 
 @njit(inline="always")
 def _bits_for_z(random):
-    return np.uint32(random & np.uint32(0xFFFF))
+    return both(random, 0xFFFF)
 
 
 @njit(inline="always")
 def _bits_for_v(random):
-    return np.uint32(random >> np.uint32(16))
+    return shift_right(random, 16)
 
 
 @njit(inline="always")
 def _bits_for_y(random):
-    random = np.uint32(random * _THIRD)
-    return np.uint32(np.uint32((random ^ (random >> np.uint32(15))) * _FOURTH) >> np.uint32(16))
+    random = multiply(random, _THIRD)
+    return shift_right(multiply(either(random, shift_right(random, 15)), _FOURTH), 16)
 
 
 @njit(inline="always")
 def _rounded(value, random):
-    bits = np.float32(value).view(np.uint32)
-    cut = np.uint16((bits + random) >> np.uint32(16))
+    cut = np.uint16(shift_right(add(np.float32(value).view(np.uint32), random), 16))
     return cut if value == value else _NAN
 
 
@@ -89,7 +99,7 @@ def _worker(low_bits: bool, wide: bool, kind: int) -> Work:
                     y_i = joined(y[i], y_low[i]) if low_bits else bfloat16_to_float32(y[i])
                     z_i = np.float32(z[i]) if wide else bfloat16_to_float32(z[i])
                     d = bfloat16_to_float32(g[i])
-                    random = _random(np.uint32(h + np.uint32(i) * _INDEX), key)
+                    random = _random(add(h, multiply(i, _INDEX)), key)
                     if kind != PLAIN:
                         v_i = beta2 * (np.float32(v[i]) if wide else bfloat16_to_float32(v[i])) + rest2 * (d * d)
                         if wide:
@@ -107,7 +117,7 @@ def _worker(low_bits: bool, wide: bool, kind: int) -> Work:
                     y_i = np.float32(y_i + c * (z_i - y_i) + a * d)
                     if low_bits:
                         bits = y_i.view(np.uint32)
-                        y[i] = np.uint16((bits + np.uint32(0x8000)) >> 16) if y_i == y_i else _NAN
+                        y[i] = np.uint16(shift_right(add(bits, 0x8000), 16)) if y_i == y_i else _NAN
                         y_low[i] = np.uint16(bits) if y_i == y_i else np.uint16(0)
                     else:
                         y[i] = _rounded(y_i, _bits_for_y(random))
