@@ -9,6 +9,13 @@ from torch import distributed
 from transformers import LlamaForCausalLM, TrainingArguments
 
 
+def without_compiled_all_reduce():
+    """On CPU DeepSpeed would compile a faster all-reduce at the start, which takes a C++ compiler and a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @dataclass
 class EngineRow:
     """`DistributedDataParallel`, and what the others have in common with it."""
@@ -90,10 +97,7 @@ class ZeroRow(EngineRow):
     resumes_elsewhere: bool = False
 
     def arguments(self, **options):
-        import deepspeed
-
-        # On CPU it would compile a faster all-reduce at the start, which takes a C++ compiler and a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_compiled_all_reduce()
         config = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",

@@ -21,18 +21,21 @@ def needs_its_engine(engine):
         pytest.skip("DeepSpeed is not installed; scripts/test.sh installs it")
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch(engine, folder, parts, processes):
     """Start the worker once per process, as torchrun does, and wait for the results of all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),

@@ -168,8 +168,10 @@ def counts(trainer):
 
 def trajectory(lab):
     """Without dropout, as the generators of two processes differ from those of one."""
-    trainer = lab.trainer("trajectory", save_strategy="steps", save_steps=4)
+    trainer = lab.trainer("trajectory", save_strategy="steps", save_steps=4, logging_strategy="steps", logging_steps=1)
     trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    lab.keep("progress", [[entry[name] for name in ("relative_distance", "averaging_weight")] for entry in history])
     lab.keep_weights("trajectory_x", trainer)
     with trainer.training_weights():
         lab.keep_weights("trajectory_y", trainer)
@@ -265,6 +267,26 @@ def best(lab):
     trainer.save_model(str(lab.folder / "best_saved"))
 
 
+def overflow(lab):
+    """With a gradient scaler; at two steps the gradients of the last process are infinite."""
+    trainer = lab.trainer("overflow", eval_strategy="steps", eval_steps=3)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    compute_loss = trainer.compute_loss
+
+    def overflowing(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        last = trainer.args.process_index == trainer.args.world_size - 1
+        overflows = model.training and last and trainer.state.global_step in (2, 5)
+        return loss * float("inf") if overflows else loss
+
+    trainer.compute_loss = overflowing
+    trainer.train()
+    lab.keep("overflow", fingerprint(trainer))
+    lab.keep("overflow_counts", counts(trainer))
+    lab.keep("overflow_scale", trainer.accelerator.scaler.get_scale())
+    lab.keep_weights("overflow_x", trainer)
+
+
 class FailsToWrite(TrainerCallback):
     """At each step, a file that one process (or each) cannot write: the disk is full."""
 
@@ -355,7 +377,10 @@ def refusals(lab):
     lab.keep("refusals", messages)
 
 
-PARTS = {part.__name__: part for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors, memory)}
+PARTS = {
+    part.__name__: part
+    for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors, memory, overflow)
+}
 
 
 def main():

@@ -43,6 +43,7 @@ class Run:
         self.row = ENGINES[engine]
         self.folder = folder / engine
         parts = list(PARTS if engine in MATRIX else ("trajectory",))
+        parts += ["overflow"] * (engine in ("single", "ddp"))
         parts += ["memory"] * (engine in MEASURED) + ["write_errors"] * (engine in FAILING)
         self.ranks = launch(engine, self.folder, parts, self.row.processes)
 
@@ -118,6 +119,27 @@ def test_trajectory(engine, runs):
     assert distance(x, expected_x) < 0.75 * distance(x, expected_y)
     assert distance(y, expected_y) < 0.75 * distance(y, expected_x)
     assert largest_difference(x, y) > 100 * run.row.tolerance or "bf16" in engine  # the two can be told apart
+
+
+@pytest.mark.parametrize("engine", [name for name in MATRIX if "bf16" not in name])
+def test_logged_progress(engine, runs):
+    """|x - y| / |y| and c at each step, as in one process."""
+    run = runs(engine)
+    expected = runs(run.row.reference).ranks[0]["progress"]
+    assert len(expected) == STEPS and all(0 < distance < 0.1 for distance, _ in expected[1:])
+    for result in run.ranks:
+        assert len(result["progress"]) == STEPS
+        for logged, (distance, c) in zip(result["progress"], expected, strict=True):
+            assert logged == [pytest.approx(distance, rel=1e-3, abs=1e-6), c]
+
+
+def test_an_overflow_in_one_process_skips_the_step_in_all(runs):
+    run, reference = runs("ddp"), runs("single")
+    assert run.ranks[0]["overflow"] == run.ranks[1]["overflow"]
+    for result in (*run.ranks, *reference.ranks):
+        assert result["overflow_counts"] == [STEPS - 2] * 2
+        assert result["overflow_scale"] == 2.0**11  # grew three times, halved twice
+    assert largest_difference(run.kept("overflow_x"), reference.kept("overflow_x")) < run.row.tolerance
 
 
 @pytest.mark.parametrize("engine", MATRIX)
