@@ -148,7 +148,8 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
             self._restart()
         self._training = True
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with weights.only_data_loaded(self.is_deepspeed_enabled):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._switch is not None:
                 self._show_x()
             return output

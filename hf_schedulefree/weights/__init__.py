@@ -5,6 +5,7 @@
     engines.py   DDP, FSDP2 and DeepSpeed: all differences between the ways to spread a model over processes
     gathering.py whole tensors of models that are spread over processes, one at a time while a file is written
     casts.py     a model that was cast for an evaluation comes back with its bits
+    loading.py   DeepSpeed's files are read as data
     checks.py    what cannot be right is refused before training starts
 
 `switch_for` finds what fits. Everything that needs x goes through `averaged_weights`.
@@ -22,6 +23,7 @@ from hf_schedulefree.weights.casts import casts_undone
 from hf_schedulefree.weights.checks import refuse_unsupported
 from hf_schedulefree.weights.engines import Engine, engine_for, optimizer_saves_allowed, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
+from hf_schedulefree.weights.loading import only_data_loaded
 from hf_schedulefree.weights.switch import EngineSwitch, WeightSwitch
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "averaged_weights",
     "casts_undone",
     "engine_for",
+    "only_data_loaded",
     "optimizer_saves_allowed",
     "refuse_unsupported",
     "shown",
