@@ -25,7 +25,8 @@ def test_code_in_a_file_is_refused_and_deepspeeds_own_classes_are_not(tmp_path):
     from deepspeed.utils.tensor_fragment import fragment_address
 
     engine = TorchCheckpointEngine(None)
-    own = {"scalers": [LossScaler(8.0), DynamicLossScaler(2.0**8, 100, 1.0, 1, False)], "stage": ZeroStageEnum(2), "at": fragment_address(1, 2)}
+    scalers = [LossScaler(8.0), DynamicLossScaler(2.0**8, 100, 1.0, 1, False)]
+    own = {"scalers": scalers, "stage": ZeroStageEnum(2), "at": fragment_address(1, 2)}
     torch.save({"optimizer": {"z": torch.arange(3.0)}, **own}, tmp_path / "good.pt")
     torch.save({"optimizer": Evil(tmp_path / "was here")}, tmp_path / "bad.pt")
     with only_data_loaded(True):

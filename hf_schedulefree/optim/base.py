@@ -1,11 +1,10 @@
-"""`ScheduleFreeOptimizer`: modes, state, validation and the skeleton of a step, shared by every optimizer here."""
+"""`ScheduleFreeOptimizer`: options, state and the skeleton of a step, shared by every optimizer here."""
 
-import contextlib
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,28 +17,22 @@ from hf_schedulefree.optim import (
     pieces,
     precision,
     precision_step,
-    sharding,
-    switching,
 )
 from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import IMPLEMENTATIONS, Implementation
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.modes import FRESH_COUNTERS, NOT_PARKED, Modes
 from hf_schedulefree.optim.option_ranges import check_options
+from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
 from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
 
-# Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
-_FRESH_COUNTERS = dict(zip(capturable.COUNTERS, (0, 0.0, -1.0, 0.0), strict=True))
 
-# `parked_k` of a group whose y is in the model, not in the state.
-_NOT_PARKED = -1
-
-
-class ScheduleFreeOptimizer(torch.optim.Optimizer):
+class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
     """Base of the schedule-free optimizers (https://arxiv.org/abs/2405.15682); see `averaging` for the equations.
 
     The model's parameters hold y in train mode (gradients are taken there) and the averaged weights x in eval mode
@@ -108,9 +101,9 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         self.implementation = implementation
         self.park = park
         self._residuals = Residuals()
-        self._forget_parts()
+        self._parts = GroupParts()
         check_options(type(self).__name__, options)
-        super().__init__(params, {**options, **_FRESH_COUNTERS, "train_mode": False, "parked_k": _NOT_PARKED})
+        super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, "parked_k": NOT_PARKED})
 
     # What a subclass gives
 
@@ -129,137 +122,6 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         """The base optimizer's state for one parameter, besides `z`."""
         return {}
-
-    # Modes. A group's `train_mode` is True while the model holds its y, False while it holds its x, and None in the
-    # middle of a switch: a switch that was interrupted (Ctrl-C) is completed by the next call, in either direction.
-
-    @property
-    def mode(self) -> Literal["train", "eval"]:
-        """ "eval" while the model holds x, else "train"."""
-        return "eval" if all(group["train_mode"] is False for group in self.param_groups) else "train"
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Show x in the parameters and park y. Does nothing in eval mode; creates no state."""
-        for group in self.param_groups:
-            if group["train_mode"] is False:
-                continue
-            group["train_mode"] = None
-            beta, started = self._beta(group), list(self._started(group))
-            if self._one_pass and self.park != "copy":
-                self._residuals.park(group, started, beta)
-            parked = self._residuals.params(group)
-            copied = [(p, state) for p, state in started if p not in parked]
-            for p, state in copied:
-                if "y" not in state:
-                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-            switching.show_x(copied, beta, one_pass=self._one_pass)
-            group["parked_k"] = int(group["k"])
-            group["train_mode"] = False
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Bring back exactly the y that `eval` parked. Does nothing in train mode; creates no state.
-
-        If the parameters do not hold x any more (other weights were loaded meanwhile), these weights are kept and the
-        optimizer starts anew from them, with a warning.
-        """
-        replaced = self._copies_replaced()
-        for group in self.param_groups:
-            if self._residuals.params(group):
-                group["train_mode"] = None
-        if replaced or not self._residuals.restore():
-            logger.warning(
-                "The weights were replaced while the optimizer was in eval mode: it starts anew from them "
-                "(x = y = z, averaging and second moment reset)."
-            )
-            self.restart()
-        for group in self.param_groups:
-            if group["train_mode"] is True:
-                continue
-            if group["train_mode"] is False:
-                for p, state in self._started(group):
-                    if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
-                        state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                        y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
-                        precision.store_y(y, state["y"], state)
-            group["train_mode"] = None
-            for p, state in self._started(group):
-                if "y" in state:
-                    p.copy_(state["y"])
-            for _, state in self._started(group):
-                state.pop("y", None)
-            self._residuals.forget(group)
-            group["parked_k"] = _NOT_PARKED
-            group["train_mode"] = True
-
-    @property
-    def parked_bytes(self) -> int:
-        """The memory that the parked y takes now."""
-        return self._residuals.nbytes + sum(state["y"].nbytes for state in self.state.values() if "y" in state)
-
-    @torch.no_grad()
-    def weights_replaced(self) -> bool:
-        """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z.
-
-        Of sharded parameters (`DTensor`) each process compares its own shard; the answer is the same in all of them.
-        """
-        return self._copies_replaced() or (self.mode == "eval" and not self._residuals.intact())
-
-    def _copies_replaced(self) -> bool:
-        """`weights_replaced` for the parameters whose y is parked as a copy."""
-        groups = [group for group in self.param_groups if group["train_mode"] is False]
-        if not groups:
-            return False
-        replaced = any(
-            not switching.holds_x(
-                ((p, state) for p, state in self._started(group) if "y" in state),
-                self._beta(group),
-                one_pass=self._one_pass,
-            )
-            for group in groups
-        )
-        return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
-
-    # x for files, while the parameters hold y and go on to hold it.
-
-    def x_in_pieces(self) -> list[tuple[Tensor, pieces.AveragedPieces]]:
-        """In train mode, what `eval` would show: the parameters that have had a gradient, each with its x in pieces.
-
-        Raises:
-            ValueError: a parameter, or its state, is not contiguous.
-        """
-        return [
-            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=self._one_pass))
-            for group in self.param_groups
-            for p, state in self._started(group)
-        ]
-
-    @contextlib.contextmanager
-    def state_dicts_at_x(self) -> Iterator[None]:
-        """Within: `state_dict` in train mode is that of eval mode, with the parameters themselves as the parked y."""
-        former, self._state_dicts_at_x = self._state_dicts_at_x, True
-        try:
-            yield
-        finally:
-            self._state_dicts_at_x = former
-
-    @property
-    def _one_pass(self) -> bool:
-        """Whether the compiled kernels for CPU may be used: a choice that stays the same all through a run."""
-        if self.implementation is not None:
-            return self.implementation == "fused"
-        params = [p for group in self.param_groups for p in group["params"]]
-        small = sum([p.numel() for p in params]) < kernels.COMPILED_FROM
-        return not small or any(p.dtype in precision.HALF_DTYPES for p in params)
-
-    def restart(self) -> None:
-        """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
-        self.state.clear()
-        self._residuals.clear()
-        for group in self.param_groups:
-            group.update(_FRESH_COUNTERS, parked_k=_NOT_PARKED)
-        self._forget_parts()
 
     # State
 
@@ -344,8 +206,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
             if group["train_mode"] or group["parked_k"] != group["k"]:
                 for _, param_state in self._started(group):
                     param_state.pop("y", None)
-                group["parked_k"] = _NOT_PARKED
-        self._forget_parts()
+                group["parked_k"] = NOT_PARKED
+        self._parts = GroupParts()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
@@ -396,51 +258,10 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer):
         one_pass = self._one_pass
         for index, group in enumerate(self.param_groups):
             if group["params"]:
-                self._recall_counters(group)
+                self._parts.recall(group, self.state)
                 self._step_group(index, group, one_pass=one_pass)
-                self._keep_counters(group)
+                self._parts.keep(group, self.state)
         return loss
-
-    # DeepSpeed ZeRO-3 calls step() once per sub-group: `params` then holds one part of a group, is empty in the other
-    # groups, and each part has made its own number of steps. As soon as a group turns out to be stepped in parts, the
-    # counters of each part are kept with its parameters, and the group shows those of the part stepped last.
-
-    def _forget_parts(self) -> None:
-        self._stepped: dict[int, list[Tensor]] = {}  # id of a group -> the parameters that it stepped last
-        self._before: dict[int, dict[str, float]] = {}  # id of a group -> its counters before its first step here
-        self._in_parts: set[int] = set()  # the ids of the groups that are stepped in parts
-
-    def _recall_counters(self, group: dict[str, Any]) -> None:
-        """Before a step: give the group the counters of the parameters that it holds now."""
-        if group["capturable"]:
-            return
-        key = id(group)  # not its place: DeepSpeed ZeRO-1 and -2 show one group at a time
-        own = next((state.get("counters") for _, state in self._started(group)), None)
-        stepped = self._stepped.get(key)
-        if stepped is None:
-            self._before[key] = {name: group[name] for name in _FRESH_COUNTERS}
-        elif key not in self._in_parts and stepped[0] is not group["params"][0]:
-            if set(map(id, stepped)).isdisjoint(map(id, group["params"])):
-                self._in_parts.add(key)
-                self._store_counters(group, stepped)
-        if own is not None:
-            self._in_parts.add(key)
-            group.update(own)
-        elif key in self._in_parts:
-            group.update(self._before[key])
-
-    def _keep_counters(self, group: dict[str, Any]) -> None:
-        """After a step: keep the group's counters with its parameters, if the group is stepped in parts."""
-        if group["capturable"]:
-            return
-        self._stepped[id(group)] = list(group["params"])
-        if id(group) in self._in_parts:
-            self._store_counters(group, group["params"])
-
-    def _store_counters(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
-        for p in params:
-            if "z" in self.state.get(p, ()):
-                self.state[p]["counters"] = {name: group[name] for name in _FRESH_COUNTERS}
 
     def _step_group(self, index: int, group: dict[str, Any], *, one_pass: bool) -> None:
         capturable.place_counters(group)

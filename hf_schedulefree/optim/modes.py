@@ -1,0 +1,167 @@
+"""`Modes`: which of x and y the parameters of an optimizer hold, and the way between the two."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_schedulefree.optim import averaging, capturable, kernels, pieces, precision, sharding, switching
+from hf_schedulefree.optim.kernels import Implementation
+from hf_schedulefree.optim.parts import GroupParts
+from hf_schedulefree.optim.switching import Park, Residuals
+
+logger = logging.getLogger(__name__)
+
+# Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
+FRESH_COUNTERS = dict(zip(capturable.COUNTERS, (0, 0.0, -1.0, 0.0), strict=True))
+
+# `parked_k` of a group whose y is in the model, not in the state.
+NOT_PARKED = -1
+
+
+class Modes:
+    """The part of `ScheduleFreeOptimizer` that switches between its modes, and starts anew.
+
+    A group's `train_mode` is True while the model holds its y, False while it holds its x, and None in the middle of a
+    switch: one that was interrupted (Ctrl-C) is completed by the next call, in either direction.
+    """
+
+    # What the optimizer has.
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    implementation: Implementation | None
+    park: Park | None
+    _residuals: Residuals
+    _parts: GroupParts
+    _state_dicts_at_x: bool
+
+    @property
+    def mode(self) -> Literal["train", "eval"]:
+        """ "eval" while the model holds x, else "train"."""
+        return "eval" if all(group["train_mode"] is False for group in self.param_groups) else "train"
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Show x in the parameters and park y. Does nothing in eval mode; creates no state."""
+        for group in self.param_groups:
+            if group["train_mode"] is False:
+                continue
+            group["train_mode"] = None
+            beta, started = self._beta(group), list(self._started(group))
+            if self._one_pass and self.park != "copy":
+                self._residuals.park(group, started, beta)
+            parked = self._residuals.params(group)
+            copied = [(p, state) for p, state in started if p not in parked]
+            for p, state in copied:
+                if "y" not in state:
+                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+            switching.show_x(copied, beta, one_pass=self._one_pass)
+            group["parked_k"] = int(group["k"])
+            group["train_mode"] = False
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Bring back exactly the y that `eval` parked. Does nothing in train mode; creates no state.
+
+        If the parameters do not hold x any more (other weights were loaded meanwhile), these weights are kept and the
+        optimizer starts anew from them, with a warning.
+        """
+        replaced = self._copies_replaced()
+        for group in self.param_groups:
+            if self._residuals.params(group):
+                group["train_mode"] = None
+        if replaced or not self._residuals.restore():
+            logger.warning(
+                "The weights were replaced while the optimizer was in eval mode: it starts anew from them "
+                "(x = y = z, averaging and second moment reset)."
+            )
+            self.restart()
+        for group in self.param_groups:
+            if group["train_mode"] is True:
+                continue
+            if group["train_mode"] is False:
+                for p, state in self._started(group):
+                    if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
+                        state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                        y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
+                        precision.store_y(y, state["y"], state)
+            group["train_mode"] = None
+            for p, state in self._started(group):
+                if "y" in state:
+                    p.copy_(state["y"])
+            for _, state in self._started(group):
+                state.pop("y", None)
+            self._residuals.forget(group)
+            group["parked_k"] = NOT_PARKED
+            group["train_mode"] = True
+
+    @property
+    def parked_bytes(self) -> int:
+        """The memory that the parked y takes now."""
+        return self._residuals.nbytes + sum(state["y"].nbytes for state in self.state.values() if "y" in state)
+
+    @torch.no_grad()
+    def weights_replaced(self) -> bool:
+        """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z.
+
+        Of sharded parameters (`DTensor`) each process compares its own shard; the answer is the same in all of them.
+        """
+        return self._copies_replaced() or (self.mode == "eval" and not self._residuals.intact())
+
+    def _copies_replaced(self) -> bool:
+        """`weights_replaced` for the parameters whose y is parked as a copy."""
+        groups = [group for group in self.param_groups if group["train_mode"] is False]
+        if not groups:
+            return False
+        replaced = any(
+            not switching.holds_x(
+                ((p, state) for p, state in self._started(group) if "y" in state),
+                self._beta(group),
+                one_pass=self._one_pass,
+            )
+            for group in groups
+        )
+        return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
+
+    # x for files, while the parameters hold y and go on to hold it.
+
+    def x_in_pieces(self) -> list[tuple[Tensor, pieces.AveragedPieces]]:
+        """In train mode, what `eval` would show: the parameters that have had a gradient, each with its x in pieces.
+
+        Raises:
+            ValueError: a parameter, or its state, is not contiguous.
+        """
+        return [
+            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=self._one_pass))
+            for group in self.param_groups
+            for p, state in self._started(group)
+        ]
+
+    @contextlib.contextmanager
+    def state_dicts_at_x(self) -> Iterator[None]:
+        """Within: `state_dict` in train mode is that of eval mode, with the parameters themselves as the parked y."""
+        former, self._state_dicts_at_x = self._state_dicts_at_x, True
+        try:
+            yield
+        finally:
+            self._state_dicts_at_x = former
+
+    @property
+    def _one_pass(self) -> bool:
+        """Whether the compiled kernels for CPU may be used: a choice that stays the same all through a run."""
+        if self.implementation is not None:
+            return self.implementation == "fused"
+        params = [p for group in self.param_groups for p in group["params"]]
+        small = sum([p.numel() for p in params]) < kernels.COMPILED_FROM
+        return not small or any(p.dtype in precision.HALF_DTYPES for p in params)
+
+    def restart(self) -> None:
+        """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
+        self.state.clear()
+        self._residuals.clear()
+        for group in self.param_groups:
+            group.update(FRESH_COUNTERS, parked_k=NOT_PARKED)
+        self._parts = GroupParts()
