@@ -127,7 +127,7 @@ class CheckpointMixin:
         for owner, name in writers:
             setattr(owner, name, keep(getattr(owner, name)))
         try:
-            with self._engine.keeping_write_errors(folder, keep):
+            with self._engine.keeping_write_errors(folder, self.accelerator, keep):
                 yield
         finally:
             for attributes, name, own in former:

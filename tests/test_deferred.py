@@ -1,6 +1,7 @@
 """A state dict of deferred tensors: `save_pretrained` writes the same files of it, with one tensor in memory."""
 
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -123,6 +124,8 @@ def test_write_pickled_writes_what_torch_saves(tmp_path):
     write_pickled(tmp_path / "deferred.bin", {"state": {"a": maker.state_dict}, **others, "plain": tensors["w"]})
     loaded = torch.load(tmp_path / "deferred.bin", weights_only=True)
     assert maker.most == 1 and maker.alive == 0
+    with zipfile.ZipFile(tmp_path / "deferred.bin") as archive:
+        assert archive.testzip() is None  # checksums of the content, as `export` checks them
     assert {name: loaded[name] for name in others} == others
     assert torch.equal(loaded["plain"], tensors["w"])
     for name, tensor in tensors.items():

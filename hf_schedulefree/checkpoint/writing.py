@@ -5,6 +5,9 @@ import errno
 import json
 import math
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,12 +91,39 @@ def write_pickled(path: str | os.PathLike[str], content: Any) -> None:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(planned, path)
         places = tree_leaves(torch.load(path, weights_only=True))
+    checksums: dict[int, int] = {}
     with open(path, "r+b", buffering=0) as file:
         for tensor, place in zip(tree_leaves(content), places, strict=True):
             if isinstance(tensor, Tensor) and tensor.numel():
-                file.seek(place.untyped_storage()._checkpoint_offset)
-                _write(file, _bytes_of(made(tensor)))
+                written, offset = _bytes_of(made(tensor)), place.untyped_storage()._checkpoint_offset
+                file.seek(offset)
+                _write(file, written)
+                checksums[offset] = zlib.crc32(written)
+        _set_checksums(file, checksums)
         os.fsync(file.fileno())
+
+
+def _set_checksums(file: Any, checksums: Mapping[int, int]) -> None:
+    """Give the entries of a zip archive, by where their content starts, other checksums, wherever it names them."""
+
+    def at(position: int, layout: str) -> tuple[int, ...]:
+        file.seek(position)
+        return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+    with zipfile.ZipFile(file) as archive:
+        entries, position = archive.infolist(), archive.start_dir
+    for entry in entries:  # in the order of the directory
+        name, extra, comment = at(position + 28, "<HHH")
+        header = entry.header_offset
+        start = header + 30 + sum(at(header + 26, "<HH"))
+        if start in checksums:
+            places = [position + 16, header + 14]
+            if at(start + entry.file_size, "<4s") == (b"PK\x07\x08",):
+                places.append(start + entry.file_size + 4)
+            for place in places:
+                file.seek(place)
+                _write(file, struct.pack("<I", checksums[start]))
+        position += 46 + name + extra + comment
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

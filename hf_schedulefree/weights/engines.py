@@ -102,11 +102,12 @@ class Engine:
         return False
 
     @contextlib.contextmanager
-    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+    def keeping_write_errors(self, folder: Path, accelerator: Accelerator, keep: Keep) -> Iterator[None]:
         """Within: what writes a file while other processes wait in the same function does not raise write errors.
 
         Args:
             folder: the checkpoint.
+            accelerator: the Trainer's.
             keep: makes a function keep its write errors, for `saving.py`, instead of raising them.
         """
         yield
@@ -148,10 +149,12 @@ class FullyShardedEngine(Engine):
         return True
 
     @contextlib.contextmanager
-    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+    def keeping_write_errors(self, folder: Path, accelerator: Accelerator, keep: Keep) -> Iterator[None]:
         # torch tells all processes what went wrong in one of them, but each makes these folders before that.
-        for name in (files.FSDP_MODEL_FOLDER, files.FSDP_OPTIMIZER_FOLDER):
-            keep((folder / name).mkdir)(parents=True, exist_ok=True)
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and not _in_one_file(plugin):
+            for name in (files.FSDP_MODEL_FOLDER, files.FSDP_OPTIMIZER_FOLDER):
+                keep((folder / name).mkdir)(parents=True, exist_ok=True)
         yield
 
 
@@ -201,10 +204,6 @@ class NativeFullyShardedEngine(FullyShardedEngine):
         sharded_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         return True
 
-    @contextlib.contextmanager
-    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
-        yield
-
 
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-1 and ZeRO-2: the optimizer owns flat fp32 partitions, of which the module holds a copy."""
@@ -231,7 +230,7 @@ class ZeroEngine(Engine):
         yield _gathering_of_whole(self.model.module)
 
     @contextlib.contextmanager
-    def keeping_write_errors(self, folder: Path, keep: Keep) -> Iterator[None]:
+    def keeping_write_errors(self, folder: Path, accelerator: Accelerator, keep: Keep) -> Iterator[None]:
         engine = self.model
         save_checkpoint, writer = engine.save_checkpoint, engine.checkpoint_engine
 

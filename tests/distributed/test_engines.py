@@ -19,7 +19,7 @@ from engines import ENGINES  # noqa: E402
 from launching import launch, needs_its_engine  # noqa: E402
 from run import STEPS, Sentences  # noqa: E402
 
-from hf_schedulefree.checkpoint import read_record, verify_checkpoint  # noqa: E402
+from hf_schedulefree.checkpoint import export_averaged, inspect_weights, read_record, verify_checkpoint  # noqa: E402
 
 PARTS = ("trajectory", "readers", "resume", "best", "refusals")
 MATRIX = [name for name, row in ENGINES.items() if row.processes > 1]
@@ -167,6 +167,23 @@ def test_save(engine, runs):
     for name in ("saved", "saved_at_y", f"busy/checkpoint-{STEPS}"):
         assert same_bits(run.saved(name), x), name
     LlamaForCausalLM.from_pretrained(run.folder / "saved")
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_export(engine, runs, tmp_path):
+    run = runs(engine)
+    checkpoint = run.folder / f"busy/checkpoint-{STEPS}"
+    assert inspect_weights(checkpoint).weights == "x"
+    export_averaged(checkpoint, tmp_path / "exported")
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    assert exported.keys() == run.saved("saved").keys()
+    assert same_bits(exported, run.kept("busy_x"))
+
+
+@pytest.mark.parametrize("engine", MATRIX)
+def test_no_folder_of_a_checkpoint_is_empty(engine, runs):
+    folders = [path for path in (runs(engine).folder / f"busy/checkpoint-{STEPS}").rglob("*") if path.is_dir()]
+    assert all(any(folder.iterdir()) for folder in folders)
 
 
 @pytest.mark.parametrize("engine", MATRIX)
