@@ -193,8 +193,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()
-    saves = [row for size in args.sizes for row in measure(size, args.repeats, args.folder)]
-    checkpoints = [row for size in args.sizes for row in measure_checkpoints(size, min(args.repeats, 3), args.folder)]
+    saves, checkpoints = [], []
+    for size in args.sizes:
+        saves += measure(size, args.repeats, args.folder)
+        print(f"{table(saves)}\n", flush=True)
+    for size in args.sizes:
+        checkpoints += measure_checkpoints(size, min(args.repeats, 3), args.folder)
+        print(f"{table(checkpoints)}\n", flush=True)
     report = f"{environment(CPU)}\n\n{table(saves)}\n\n{table(checkpoints)}\n"
     print(report)
     if args.output_dir is not None:

@@ -742,6 +742,24 @@ def test_a_checkpoint_is_that_of_adamw_and_one_copy_of_the_trainable_parameters(
         assert sizes[1] - sizes[0] <= copy_of_them + 4096
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["gpt2, tied", "bfloat16 split", "float16 split", "partly frozen", "lora"])
+def test_a_streamed_save_from_a_gpu(case, tmp_path, switches):
+    build, options = STREAMED[case]
+
+    def both(trainer):
+        before, switched = everything(trainer), switches[0]
+        trainer.save_model(tmp_path / "streamed")
+        assert switches[0] == switched and trainer._cannot_stream is None
+        assert unchanged(before, everything(trainer))
+        with ordinarily(trainer):
+            trainer.save_model(tmp_path / "ordinary")
+
+    in_training(tmp_path / "run", build(), both, use_cpu=False, **options)
+    assert_same_files(tmp_path / "streamed", tmp_path / "ordinary")
+
+
 # Several processes
 
 
