@@ -134,8 +134,9 @@ class Modes:
         Raises:
             ValueError: a parameter, or its state, is not contiguous.
         """
+        one_pass = self._one_pass
         return [
-            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=self._one_pass))
+            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=one_pass))
             for group in self.param_groups
             for p, state in self._started(group)
         ]
