@@ -5,7 +5,9 @@ import pytest
 from hf_schedulefree.optim import kernels
 
 
-@pytest.fixture(autouse=True)
-def compiled_whatever_the_size(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def compiled_whatever_the_size():
     """The models of the tests are tiny, but the code that large ones run is to be tested."""
-    monkeypatch.setattr(kernels, "COMPILED_FROM", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "COMPILED_FROM", 0)
+        yield
