@@ -25,6 +25,9 @@ from torch import nn
 
 from hf_schedulefree.optim import AdamWScheduleFree, kernels
 
+# Each contender makes some steps in a row, as in a loop without a model: the caches hold what they can of its tensors.
+STEPS_IN_A_TURN = 5
+
 # hidden size, layers, vocabulary, positions of GPT-2-like models
 SIZES = {
     "1M": (96, 8, 1_024, 128),
@@ -157,7 +160,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in [*steps, "copy"]}
     for _ in range(repeats):
         for name, step in steps.items():
-            times[name].append(seconds(step, device, clock))
+            times[name].append(statistics.median(seconds(step, device, clock) for _ in range(STEPS_IN_A_TURN)))
         times["copy"].append(seconds(functools.partial(target.copy_, source), device, clock))
     del source, target
     # A copy moves two tensors; the best of them is the memory limit.
