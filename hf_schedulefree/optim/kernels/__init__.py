@@ -124,13 +124,13 @@ def switch_kernel() -> ModuleType | None:
 
 def _all_plain_and_alike(rows: Sequence[Row]) -> bool:
     """Whether `dense` takes all rows as they are, into one bucket: the usual case, asked without a call per row."""
-    columns = [column for column in zip(*rows, strict=True) if column[0] is not None]
     dtype, device = rows[0][0].dtype, rows[0][0].device
-    return all(
-        type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype == dtype and t.device == device
-        for column in columns
-        for t in column
-    )
+    for column in zip(*rows, strict=True):
+        if column[0] is not None:
+            for t in column:
+                if type(t) not in PLAIN_TENSORS or not t.is_contiguous() or t.dtype != dtype or t.device != device:
+                    return False
+    return True
 
 
 def dense(row: Row) -> Row | None:
