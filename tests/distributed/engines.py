@@ -27,6 +27,8 @@ class EngineRow:
     tolerance: float = 1e-5
     resumes_elsewhere: bool = True
     resumes_on: int = 4
+    # Whether the parameters themselves are bfloat16; the average is then kept by the default state precision.
+    half: bool = False
 
     def arguments(self, **options):
         return TrainingArguments(**options, **self.options)
@@ -40,7 +42,8 @@ class EngineRow:
         return {}
 
     def model(self, config, folder):
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        return model.bfloat16() if self.half else model
 
     def whole_model(self, trainer):
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -132,8 +135,9 @@ class ZeroRow(EngineRow):
         ]
 
 
-def fsdp2(state_dict_type):
-    return Fsdp2Row(options={"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}})
+def fsdp2(state_dict_type, **row):
+    options = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}}
+    return Fsdp2Row(options=options, **row)
 
 
 ENGINES = {
@@ -146,6 +150,11 @@ ENGINES = {
     "zero2": ZeroRow(stage=2),
     "zero3": ZeroRow(stage=3),
 }
+IN_HALF = {"half": True, "tolerance": 5e-2, "reference": "single-bf16", "resumes_elsewhere": False}
+ENGINES["single-bf16"] = EngineRow(processes=1, half=True)
+ENGINES["ddp-bf16"] = EngineRow(**IN_HALF)
+ENGINES["fsdp2-full-bf16"] = fsdp2("FULL_STATE_DICT", **IN_HALF)
+ENGINES["fsdp2-sharded-bf16"] = fsdp2("SHARDED_STATE_DICT", **IN_HALF)
 # Gradients rounded to bf16 depend on how a batch is split: the reference is the same engine in one process.
 for stage in (1, 2, 3):
     ENGINES[f"zero{stage}-bf16"] = ZeroRow(stage=stage, bf16=True, tolerance=5e-2, reference=f"zero{stage}-bf16-alone")
