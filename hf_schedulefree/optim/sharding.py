@@ -17,6 +17,8 @@ def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
 
     All of these processes must call it. Without sharded parameters nothing is exchanged.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
     meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))
     for mesh in meshes:
         votes = torch.tensor(float(flag), device=mesh.device_type)

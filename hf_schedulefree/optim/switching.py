@@ -19,7 +19,7 @@ Park = Literal["copy", "residual"]
 PARKS: tuple[Park, ...] = ("copy", "residual")
 
 # Elements that one residual is for, unless a tensor is larger.
-_PARKED_AT_ONCE = 2**23
+_PARKED_AT_ONCE = 2**24
 
 # A parameter and its state.
 Started = tuple[Tensor, dict[str, Tensor]]
@@ -87,12 +87,14 @@ def _residuals(started: Iterable[Started], beta: float) -> "list[ParkedResidual]
     from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
 
     by_dtype: dict[object, list[tuple[Tensor, Tensor]]] = {}
-    for p, state in started:
-        if sharding.is_sharded(p):
+    rows = [(p, state["z"], None, state["z"]) for p, state in started if "y" not in state]
+    alike = bool(rows) and kernels.all_plain_and_alike(rows)
+    for p, z, *_ in rows:
+        if not alike and sharding.is_sharded(p):
             return []  # all processes must agree before they go back
-        row = kernels.dense((p, state["z"], None, state["z"]))
-        if row is not None and p.dtype in DTYPES and p.device.type == "cpu" and "y" not in state:
-            by_dtype.setdefault(p.dtype, []).append((p, state["z"]))
+        dense = alike or kernels.dense((p, z, None, z)) is not None
+        if dense and p.dtype in DTYPES and p.device.type == "cpu":
+            by_dtype.setdefault(p.dtype, []).append((p, z))
     parts = (part for rows in by_dtype.values() for part in _parts(rows))
     return [ParkedResidual(*map(list, zip(*part, strict=True)), beta) for part in parts]
 

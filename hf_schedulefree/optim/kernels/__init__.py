@@ -74,7 +74,7 @@ def _foreach(rows: Sequence[Row], numbers: StepNumbers) -> None:
 
 def _fused(rows: Sequence[Row], numbers: StepNumbers, compiled: bool) -> None:
     buckets: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
-    if _all_plain_and_alike(rows):
+    if all_plain_and_alike(rows):
         buckets[rows[0][0].device, rows[0][0].dtype] = list(rows)
     else:
         for row in rows:
@@ -122,7 +122,7 @@ def switch_kernel() -> ModuleType | None:
     return importlib.import_module(f"{__name__}.switch_cpu") if one_pass_kernel("cpu") is not None else None
 
 
-def _all_plain_and_alike(rows: Sequence[Row]) -> bool:
+def all_plain_and_alike(rows: Sequence[Row]) -> bool:
     """Whether `dense` takes all rows as they are, into one bucket: the usual case, asked without a call per row."""
     dtype, device = rows[0][0].dtype, rows[0][0].device
     for column in zip(*rows, strict=True):

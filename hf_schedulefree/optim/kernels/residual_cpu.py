@@ -230,10 +230,8 @@ class ParkedResidual:
         return copies
 
     def _as_parked(self) -> bool:
-        return all(
-            p.dtype == self._dtype and p.device.type == "cpu" and p.is_contiguous() and p.numel() == size
-            for p, size in zip(self.params, self._sizes, strict=True)
-        )
+        sizes = [p.numel() for p in self.params if p.is_contiguous() and p.dtype == self._dtype and p.is_cpu]
+        return sizes == self._sizes.tolist()
 
     def _run(self, work: Work, tensors: Sequence[Tensor], counted: int = 0) -> int:
         self._table[:, _PARAMETER] = self._repeated([t.data_ptr() for t in tensors]) + self._offsets
