@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.checkpoint import describe_weight_files
 from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE, sharded_write_errors
+from hf_schedulefree.learning_rate import LearningRateMixin
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
 from hf_schedulefree.saving import CheckpointMixin
@@ -26,11 +27,8 @@ logger = logging.get_logger(__name__)
 # The callback events that read the model as a result: they see x. During `train()` all others see y.
 EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_save", "on_push_begin", "on_train_end"})
 
-# Schedulers that leave the rate alone after the warm-up; "linear" is the Trainer's default and counts as unset.
-_CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 
-
-class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
+class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     """Put in front of any `transformers.Trainer` class: `class MySFTTrainer(ScheduleFreeMixin, SFTTrainer)`.
 
     With a schedule-free optimizer, the model shows the averaged weights x to everyone who reads it (evaluate, predict,
@@ -45,7 +43,6 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
-        self._warmup_steps: int | None = None  # what this Trainer last gave the optimizer
         self._batch_norm_warned = False
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
         given = dict(zip(("model", "args"), args, strict=False)) | kwargs
@@ -343,62 +340,6 @@ class ScheduleFreeMixin(StreamedSaveMixin, CheckpointMixin):
             logs.update(self._progress)
             self._progress = {}
         super().log(logs, *args, **kwargs)
-
-    # Learning rate
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        # Warm-up happens once, in the optimizer; the default (linear) decay would undo what schedule-free is for.
-        if self._switch is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        given = (self.args.lr_scheduler_type, self.args.warmup_steps)
-        scheduler_type = SchedulerType(self.args.lr_scheduler_type)
-        warmup_in_optimizer = self._warm_up_in_optimizer(self.args.get_warmup_steps(num_training_steps))
-        if scheduler_type == SchedulerType.LINEAR:
-            logger.info("Schedule-free: the default lr_scheduler_type 'linear' is replaced by 'constant'.")
-        if scheduler_type not in _CONSTANT_SCHEDULERS:
-            logger.warning(
-                f"Schedule-free optimizers need no schedule; lr_scheduler_type={scheduler_type.value!r} is honoured."
-            )
-        elif warmup_in_optimizer:
-            scheduler_type = SchedulerType.CONSTANT
-        else:
-            scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
-        try:
-            self.args.lr_scheduler_type = scheduler_type
-            self.args.warmup_steps = 0 if warmup_in_optimizer else self.args.warmup_steps
-            if optimizer is None and not isinstance(self.optimizer, torch.optim.Optimizer):
-                optimizer = self._switch.schedulable
-            return super().create_scheduler(num_training_steps, optimizer)
-        finally:
-            self.args.lr_scheduler_type, self.args.warmup_steps = given
-
-    def _warm_up_in_optimizer(self, warmup_steps: int) -> bool:
-        """Give the resolved number of warm-up steps to the optimizer; False if it knows no warm-up.
-
-        A number that the user gave to an optimizer passed in `optimizers=` stands, and so does that of a started run.
-        """
-        groups = self._switch.param_groups
-        if not all("warmup_steps" in group for group in groups):
-            return False
-        for group in groups:
-            own = group["warmup_steps"]
-            if group.get("k", 0) > 0 or own == warmup_steps:
-                continue
-            if own >= 1 and own != self._warmup_steps:
-                if warmup_steps:
-                    logger.warning(f"The optimizer's own warmup_steps={own} stands; that of the arguments is ignored.")
-                continue
-            group["warmup_steps"] = warmup_steps
-        self._warmup_steps = warmup_steps
-        return True
-
-    def _get_learning_rate(self) -> float:
-        # The rate that the last step really used, warm-up included; the scheduler does not know it.
-        switch = self._switch
-        group = switch.param_groups[0] if switch is not None else {}
-        if group.get("k", 0) > 0 and "scheduled_lr" in group:
-            return float(group["scheduled_lr"])
-        return super()._get_learning_rate()
 
 
 class ScheduleFreeTrainer(ScheduleFreeMixin, Trainer):

@@ -218,17 +218,23 @@ def assert_same_files(one, other):
             assert first.read_bytes() == second.read_bytes(), name
 
 
+def save_both_ways(trainer, folder, switches):
+    """The streamed save, which must switch nothing and touch nothing, and the ordinary one beside it."""
+    before, switched = everything(trainer), switches[0]
+    trainer.save_model(folder / "streamed")
+    assert switches[0] == switched and trainer._cannot_stream is None
+    assert unchanged(before, everything(trainer))
+    with ordinarily(trainer):
+        trainer.save_model(folder / "ordinary")
+
+
 @pytest.mark.parametrize("case", STREAMED)
 def test_a_streamed_save_is_the_ordinary_one_and_touches_nothing(case, tmp_path, switches):
     build, options = STREAMED[case]
 
     def both(trainer):
-        before, switched = everything(trainer), switches[0]
-        trainer.save_model(tmp_path / "streamed")
-        assert switches[0] == switched and trainer._cannot_stream is None
-        assert unchanged(before, everything(trainer))
-        with ordinarily(trainer):
-            trainer.save_model(tmp_path / "ordinary")
+        switched = switches[0]
+        save_both_ways(trainer, tmp_path, switches)
         assert switches[0] == switched + 1
         written = [tensor for path in files_of_weights(tmp_path / "streamed") for tensor in load_file(path).values()]
         y = {tuple(p.flatten().tolist()) for p in trainer.model.parameters()}
@@ -749,12 +755,7 @@ def test_a_streamed_save_from_a_gpu(case, tmp_path, switches):
     build, options = STREAMED[case]
 
     def both(trainer):
-        before, switched = everything(trainer), switches[0]
-        trainer.save_model(tmp_path / "streamed")
-        assert switches[0] == switched and trainer._cannot_stream is None
-        assert unchanged(before, everything(trainer))
-        with ordinarily(trainer):
-            trainer.save_model(tmp_path / "ordinary")
+        save_both_ways(trainer, tmp_path, switches)
 
     in_training(tmp_path / "run", build(), both, use_cpu=False, **options)
     assert_same_files(tmp_path / "streamed", tmp_path / "ordinary")

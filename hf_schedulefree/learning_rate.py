@@ -1,0 +1,72 @@
+"""`LearningRateMixin`: one warm-up, in the optimizer, and then a constant rate."""
+
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Schedulers that leave the rate alone after the warm-up; "linear" is the Trainer's default and counts as unset.
+_CONSTANT_SCHEDULERS = (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+
+
+class LearningRateMixin:
+    """The part of `ScheduleFreeMixin` that deals with schedulers and warm-up."""
+
+    _warmup_steps: int | None = None  # what this Trainer last gave the optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        # Warm-up happens once, in the optimizer; the default (linear) decay would undo what schedule-free is for.
+        if self._switch is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        given = (self.args.lr_scheduler_type, self.args.warmup_steps)
+        scheduler_type = SchedulerType(self.args.lr_scheduler_type)
+        warmup_in_optimizer = self._warm_up_in_optimizer(self.args.get_warmup_steps(num_training_steps))
+        if scheduler_type == SchedulerType.LINEAR:
+            logger.info("Schedule-free: the default lr_scheduler_type 'linear' is replaced by 'constant'.")
+        if scheduler_type not in _CONSTANT_SCHEDULERS:
+            logger.warning(
+                f"Schedule-free optimizers need no schedule; lr_scheduler_type={scheduler_type.value!r} is honoured."
+            )
+        elif warmup_in_optimizer:
+            scheduler_type = SchedulerType.CONSTANT
+        else:
+            scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        try:
+            self.args.lr_scheduler_type = scheduler_type
+            self.args.warmup_steps = 0 if warmup_in_optimizer else self.args.warmup_steps
+            if optimizer is None and not isinstance(self.optimizer, torch.optim.Optimizer):
+                optimizer = self._switch.schedulable
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_type, self.args.warmup_steps = given
+
+    def _warm_up_in_optimizer(self, warmup_steps: int) -> bool:
+        """Give the resolved number of warm-up steps to the optimizer; False if it knows no warm-up.
+
+        A number that the user gave to an optimizer passed in `optimizers=` stands, and so does that of a started run.
+        """
+        groups = self._switch.param_groups
+        if not all("warmup_steps" in group for group in groups):
+            return False
+        for group in groups:
+            own = group["warmup_steps"]
+            if group.get("k", 0) > 0 or own == warmup_steps:
+                continue
+            if own >= 1 and own != self._warmup_steps:
+                if warmup_steps:
+                    logger.warning(f"The optimizer's own warmup_steps={own} stands; that of the arguments is ignored.")
+                continue
+            group["warmup_steps"] = warmup_steps
+        self._warmup_steps = warmup_steps
+        return True
+
+    def _get_learning_rate(self) -> float:
+        # The rate that the last step really used, warm-up included; the scheduler does not know it.
+        switch = self._switch
+        group = switch.param_groups[0] if switch is not None else {}
+        if group.get("k", 0) > 0 and "scheduled_lr" in group:
+            return float(group["scheduled_lr"])
+        return super()._get_learning_rate()
