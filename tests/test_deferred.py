@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from hf_schedulefree.checkpoint import describe_weight_files, read_header
 from hf_schedulefree.checkpoint.deferred import DeferredTensor, made
-from hf_schedulefree.checkpoint.writing import write_pickled
+from hf_schedulefree.checkpoint.pickled import write_pickled
 
 METADATA = {"schedule_free.weights": "x"}
 

@@ -2,7 +2,6 @@
 
 import builtins
 import errno
-import io
 import json
 import os
 import random
@@ -58,7 +57,7 @@ class FailingOperations:
 
     def __init__(self, monkeypatch, folder, at=None, code=errno.ENOSPC, lasting=False):
         self.folder, self.at, self.code, self.lasting, self.count = str(folder), at, code, lasting, 0
-        names = ("mkdir", "open", "fsync", "rename", "replace", "posix_fallocate")
+        names = ("mkdir", "open", "fsync", "rename", "replace", "posix_fallocate", "pwrite")
         for owner, name in (*((os, name) for name in names), (builtins, "open")):
             monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
         monkeypatch.setattr(torch, "save", self.wrap(torch.save, 1, RuntimeError))
@@ -86,33 +85,9 @@ class FailingOperations:
                     if error is not None:
                         raise error(f"Error while serializing: I/O error: {text} (os error {self.code})")
                     raise OSError(self.code, text, str(target))
-            result = operation(*args, **kwargs)
-            # A file without a buffer: a piece of a tensor with each write.
-            return FailingFile(result, self) if concerned and writes and isinstance(result, io.FileIO) else result
+            return operation(*args, **kwargs)
 
         return wrapped
-
-
-class FailingFile:
-    """A file of which the first, and each 6th write after it, are operations as well."""
-
-    def __init__(self, file, operations):
-        self.file, self.writes = file, 0
-        self.counted = operations.wrap(lambda path, content: file.write(content))
-        self.path = operations.folder
-
-    def write(self, content):
-        self.writes += 1
-        return self.counted(self.path, content) if self.writes % 6 == 1 else self.file.write(content)
-
-    def fileno(self):
-        return self.file.fileno()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        self.file.close()
 
 
 builtins_open = builtins.open

@@ -33,8 +33,6 @@ from transformers.trainer_callback import ExportableState
 
 from hf_schedulefree import BatchNormRecalibrationCallback, ScheduleFreeMixin, ScheduleFreeTrainer, averaged_weights
 from hf_schedulefree.checkpoint import CannotStream, streamed_weight_files, verify_checkpoint, writing
-from hf_schedulefree.checkpoint.files import TORCH_DTYPES
-from hf_schedulefree.checkpoint.writing import write_safetensors
 from hf_schedulefree.optim import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from hf_schedulefree.optim.pieces import AveragedPieces
 from hf_schedulefree.streamed_save import save_averaged
@@ -342,11 +340,13 @@ def test_shards_are_those_of_save_pretrained(optimizer_class, implementation, tm
     assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 3
 
 
-def test_many_pieces_and_the_ends_of_tensors(tmp_path, monkeypatch):
-    """Tensors of all sizes around that of a piece."""
-    monkeypatch.setattr(writing, "_PIECE_ELEMENTS", 64)
+@pytest.mark.parametrize("worth_a_thread", [0, 2**40])
+def test_many_pieces_and_the_ends_of_tensors(worth_a_thread, tmp_path, monkeypatch):
+    """Tensors of all sizes around that of a piece, and pieces with many of them."""
+    monkeypatch.setattr(writing, "_PIECE_BYTES", 256)
+    monkeypatch.setattr(writing, "_WORTH_A_THREAD", worth_a_thread)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        model = nn.ParameterList([torch.randn(n).to(dtype) for n in (1, 63, 64, 65, 127, 128, 129, 1000)])
+        model = nn.ParameterList([torch.randn(n).to(dtype) for n in (1, 63, 64, 65, 127, 128, 129, 1000, *[3] * 99)])
         model.append(torch.randn((), dtype=dtype))
         optimizer = stepped(model, AdamWScheduleFree(model.parameters(), lr=0.1))
         tensors = dict(model.state_dict())
@@ -355,20 +355,6 @@ def test_many_pieces_and_the_ends_of_tensors(tmp_path, monkeypatch):
         optimizer.eval()
         safetensors.torch.save_file(tensors, tmp_path / "ordinary")
         assert (tmp_path / "streamed").read_bytes() == (tmp_path / "ordinary").read_bytes()
-
-
-def test_the_file_is_that_of_safetensors(tmp_path):
-    """Every dtype, names of all kinds, scalars, tensors without elements; metadata apart."""
-    tensors = {
-        f'{i % 3} ü\n"{name}': torch.ones(i + 1, 2).to(dtype) for i, (name, dtype) in enumerate(TORCH_DTYPES.items())
-    }
-    tensors |= {"": torch.tensor(2.0), "none": torch.zeros(0, 3), "a" * 300: torch.zeros(3, dtype=torch.bfloat16)}
-    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    for metadata in (None, {"one": "é"}):
-        write_safetensors(tmp_path / "ours", entries, tensors.__getitem__, metadata)
-        safetensors.torch.save_file(tensors, tmp_path / "theirs", metadata)
-        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-        assert [path.name for path in sorted(tmp_path.iterdir())] == ["ours", "theirs"]
 
 
 # What cannot stream
@@ -664,22 +650,6 @@ def test_only_callbacks_that_listen_are_worth_a_switch(tmp_path, switches):
 # Errors
 
 
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_that_reserves_no_space(code, tmp_path, monkeypatch):
-    tensors = {"one": torch.arange(5.0), "two": torch.arange(300)}
-    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write_safetensors(tmp_path / "reserved", entries, tensors.__getitem__)
-
-    def refuse(*args):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    write_safetensors(tmp_path / "not", entries, tensors.__getitem__)
-    monkeypatch.delattr(os, "posix_fallocate")
-    write_safetensors(tmp_path / "unknown", entries, tensors.__getitem__)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-
-
 @pytest.mark.parametrize("operation", ["open", "posix_fallocate", "write", "replace", "content"])
 def test_a_save_that_fails_leaves_the_former_file_and_the_parameters(operation, tmp_path, monkeypatch):
     def save(trainer):
@@ -694,7 +664,7 @@ def test_a_save_that_fails_leaves_the_former_file_and_the_parameters(operation, 
                 return plain_open(*args, **kwargs)
 
             if operation == "write":
-                patch.setattr(writing, "_write_tensor", fail)
+                patch.setattr(writing, "write_at", fail)
             elif operation == "content":
                 patch.setattr(AveragedPieces, "read", fail)
             elif operation == "open":
@@ -710,23 +680,6 @@ def test_a_save_that_fails_leaves_the_former_file_and_the_parameters(operation, 
         assert inner(trainer.optimizer).state_dict()["param_groups"][0]["train_mode"] is True
 
     in_training(tmp_path / "run", llama(), save)
-
-
-def test_short_writes(tmp_path, monkeypatch):
-    """The system may write less than it is given."""
-
-    class Slow:
-        def __init__(self):
-            self.written = bytearray()
-
-        def write(self, content):
-            part = bytes(content[:7])
-            self.written += part
-            return len(part)
-
-    slow = Slow()
-    writing._write(slow, b"0123456789" * 10)
-    assert slow.written == b"0123456789" * 10
 
 
 # Size

@@ -106,7 +106,7 @@ class StreamedFiles:
         if not all(isinstance(text, str) for item in (metadata or {}).items() for text in item):
             self.refuse("metadata that are no text")
         entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_safetensors(path, entries, content.__getitem__, metadata)
+        write_safetensors(path, entries, content, metadata)
         self._paths.append(Path(path))
         self._written |= {_place(tensor) for tensor in tensors.values()}
 

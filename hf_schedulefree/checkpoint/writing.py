@@ -1,27 +1,28 @@
-"""Files of weights and of states, written tensor by tensor and piece by piece. They are never whole in memory."""
+"""Files of weights, written piece by piece. They are never whole in memory."""
 
+import bisect
+import collections
 import contextlib
 import errno
 import json
 import math
 import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_schedulefree.checkpoint.deferred import made
 from hf_schedulefree.checkpoint.files import TORCH_DTYPES
 
-# A piece that is computed stays in the processor's cache until it is written: 0.5 MiB of float32.
-_PIECE_ELEMENTS = 2**17
+# Bytes of a file that are computed and written at once: they stay in the processor's cache in between. A file is cut at
+# multiples of it, as the system takes much longer over a part of a page than over a whole one.
+_PIECE_BYTES = 2**19
+
+# Bytes of a file that are worth a second thread.
+_WORTH_A_THREAD = 2**22
 
 # What file systems answer that cannot reserve space beforehand.
 _CANNOT_RESERVE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENODEV}
@@ -39,7 +40,7 @@ class Pieces(Protocol):
 def write_safetensors(
     path: str | os.PathLike[str],
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    content: Callable[[str], Tensor | Pieces],
+    content: Mapping[str, Tensor | Pieces] | Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
     *,
     sync: bool = False,
@@ -51,25 +52,24 @@ def write_safetensors(
     Args:
         path: the file.
         entries: name -> dtype (one of `TORCH_DTYPES`) and shape.
-        content: gives each tensor, or its pieces, when its turn has come.
+        content: the tensors, or their pieces, which may be read by two threads at once; or a function that makes each
+            tensor when its turn has come.
         metadata: of the header; all strings.
         sync: wait until the file is on the disk.
 
     Raises:
         OSError: the file cannot be written.
     """
-    text, order, size = _header(entries, metadata)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb", buffering=0) as file:
-            start = len(text).to_bytes(8, "little") + text
-            _reserve(file.fileno(), len(start) + size)
-            _write(file, start)
-            buffers: dict[tuple[torch.dtype, bool], Tensor] = {}
-            for name in order:
-                dtype, shape = entries[name]
-                _write_tensor(file, content(name), dtype, math.prod(shape), buffers)
+            written = _FileContent(entries, content, metadata)
+            _reserve(file.fileno(), written.size)
+            if isinstance(content, Mapping) and written.size >= _WORTH_A_THREAD and _can_help(content.values()):
+                _write_with_help(file.fileno(), written)
+            else:
+                _write(file.fileno(), written, written.pieces())
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -79,74 +79,173 @@ def write_safetensors(
         raise
 
 
-def write_pickled(path: str | os.PathLike[str], content: Any) -> None:
-    """Write what `torch.save(content, path)` would; of tensors in it that are deferred, one at a time is made.
+class _FileContent:
+    """The bytes of a safetensors file, by their place in it."""
 
-    Args:
-        path: the file.
-        content: dictionaries and lists with tensors and plain values.
-    """
-    with FakeTensorMode():
-        planned = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), content)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(planned, path)
-        places = tree_leaves(torch.load(path, weights_only=True))
-    checksums: dict[int, int] = {}
-    with open(path, "r+b", buffering=0) as file:
-        for tensor, place in zip(tree_leaves(content), places, strict=True):
-            if isinstance(tensor, Tensor) and tensor.numel():
-                written, offset = _bytes_of(made(tensor)), place.untyped_storage()._checkpoint_offset
-                file.seek(offset)
-                _write(file, written)
-                checksums[offset] = zlib.crc32(written)
-        _set_checksums(file, checksums)
-        os.fsync(file.fileno())
+    def __init__(
+        self,
+        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        content: Mapping[str, Tensor | Pieces] | Callable[[str], Tensor],
+        metadata: Mapping[str, str] | None,
+    ):
+        header, ends = _header(entries, metadata)
+        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        # The header is the first of the contents.
+        self._names = ["", *ends]
+        self._dtypes = [torch.uint8, *(entries[name][0] for name in ends)]
+        self._starts = [0, len(header), *ends.values()]
+        self._content = content.__getitem__ if isinstance(content, Mapping) else content
+        self._last: tuple[int, Tensor | Pieces] | None = None
+
+    @property
+    def size(self) -> int:
+        return self._starts[-1]
+
+    def pieces(self) -> Iterator[int]:
+        """Where each piece starts. Two threads may share it: each piece goes to one of them."""
+        return iter(range(0, self.size, _PIECE_BYTES))
+
+    def read(self, start: int, buffer: Tensor) -> memoryview:
+        """The piece that starts at a place: as it lies in memory, or else put together in `buffer`."""
+        end = min(start + _PIECE_BYTES, self.size)
+        index = bisect.bisect_right(self._starts, start) - 1
+        if end <= self._starts[index + 1]:
+            in_memory = self._in_memory(index, start, end)
+            if in_memory is not None:
+                return in_memory
+        place = start
+        while place < end:
+            until = min(end, self._starts[index + 1])
+            if place < until:  # it has elements
+                self._put(index, place, buffer[place - start : until - start])
+            place, index = until, index + 1
+        return bytes_of(buffer[: end - start])
+
+    def _in_memory(self, index: int, start: int, end: int) -> memoryview | None:
+        content, first, width = self._at(index), self._starts[index], self._dtypes[index].itemsize
+        if not isinstance(content, Tensor) or content.device.type != "cpu":
+            return None
+        return bytes_of(content[(start - first) // width : (end - first) // width])
+
+    def _put(self, index: int, start: int, into: Tensor) -> None:
+        dtype = self._dtypes[index]
+        first, elements = (start - self._starts[index]) // dtype.itemsize, into.view(dtype)
+        content = self._at(index)
+        if isinstance(content, Tensor):
+            elements.copy_(content[first : first + elements.numel()])
+        else:
+            content.read(first, elements)
+
+    def _at(self, index: int) -> Tensor | Pieces:
+        if index == 0:
+            return self._header
+        last = self._last
+        if last is None or last[0] != index:
+            self._last = last = None  # not in memory while the next one is made
+            content = self._content(self._names[index])
+            last = index, content.detach().reshape(-1) if isinstance(content, Tensor) else content
+            self._last = last
+        return last[1]
 
 
-def _set_checksums(file: Any, checksums: Mapping[int, int]) -> None:
-    """Give the entries of a zip archive, by where their content starts, other checksums, wherever it names them."""
-
-    def at(position: int, layout: str) -> tuple[int, ...]:
-        file.seek(position)
-        return struct.unpack(layout, file.read(struct.calcsize(layout)))
-
-    with zipfile.ZipFile(file) as archive:
-        entries, position = archive.infolist(), archive.start_dir
-    for entry in entries:  # in the order of the directory
-        name, extra, comment = at(position + 28, "<HHH")
-        header = entry.header_offset
-        start = header + 30 + sum(at(header + 26, "<HH"))
-        if start in checksums:
-            places = [position + 16, header + 14]
-            if at(start + entry.file_size, "<4s") == (b"PK\x07\x08",):
-                places.append(start + entry.file_size + 4)
-            for place in places:
-                file.seek(place)
-                _write(file, struct.pack("<I", checksums[start]))
-        position += 46 + name + extra + comment
+def _can_help(contents: Iterable[Tensor | Pieces]) -> bool:
+    """Whether a second thread may read these, and has a processor to run on."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processors > 1 and hasattr(os, "pwrite") and all(content.device.type == "cpu" for content in contents)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _write_with_help(descriptor: int, content: _FileContent) -> None:
+    """Write a file in two threads: one computes a piece while the system copies that of the other one."""
+    pieces = content.pieces()
+    begun, finished, failures = threading.Event(), threading.Event(), []
+
+    def write() -> None:
+        begun.set()
+        try:
+            _write(descriptor, content, pieces)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            finished.set()
+
+    helper = threading.Thread(target=write, name="schedule-free-save")
+    try:
+        with contextlib.suppress(RuntimeError):  # the system has no thread to give
+            helper.start()
+        _write(descriptor, content, pieces)
+    finally:
+        _leave(pieces)
+        if begun.is_set():  # if it begins later, it finds nothing to do
+            _wait_for(finished)
+        if helper.is_alive():
+            helper.join()
+    if failures:
+        raise failures[0]
+
+
+def _leave(pieces: Iterator[int]) -> None:
+    """Leave no piece for the other thread."""
+    collections.deque(pieces, maxlen=0)
+
+
+def _wait_for(event: threading.Event) -> None:
+    """Wait also when Ctrl-C is pressed again: the file that is written to is about to be closed."""
+    interrupt: KeyboardInterrupt | None = None
+    while not event.is_set():  # not `Thread.join`: an interrupted one takes the thread for finished (CPython 3.11)
+        try:
+            event.wait()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _write(descriptor: int, content: _FileContent, pieces: Iterator[int]) -> None:
+    pinned = torch.cuda.is_initialized()  # a device copies faster into memory that stays in its place
+    try:
+        buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        for start in pieces:
+            write_at(descriptor, content.read(start, buffer), start)
+    finally:
+        _leave(pieces)  # after an error
+
+
+def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    """Write all of it: one call of the system writes 2 GiB at most, and less on a disk that is filling up."""
+    rest = memoryview(content)
+    while rest:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(descriptor, rest, offset)
+        else:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            written = os.write(descriptor, rest)
+        rest, offset = rest[written:], offset + written
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a tensor: on CPU, of one dimension, contiguous."""
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _header(
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> tuple[bytes, list[str], int]:
-    """The text of the header, the names in the order of the file, and the bytes of all tensors."""
+) -> tuple[bytes, dict[str, int]]:
+    """How the file starts; the names in its order, with where each tensor ends."""
     ranks = {dtype: rank for rank, dtype in enumerate(TORCH_DTYPES.values())}
     dtype_names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     # Wide dtypes first: each tensor then starts at a multiple of its width.
     order = sorted(entries, key=lambda name: (ranks[entries[name][0]], name.encode()))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    ends: dict[str, int] = {}
     offset = 0
     for name in order:
         dtype, shape = entries[name]
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        offset = ends[name] = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8), order, offset
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + end for name, end in ends.items()}
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -158,34 +257,3 @@ def _reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_RESERVE:
             raise
-
-
-def _write_tensor(
-    file: Any,
-    content: Tensor | Pieces,
-    dtype: torch.dtype,
-    elements: int,
-    buffers: dict[tuple[torch.dtype, bool], Tensor],
-) -> None:
-    if isinstance(content, Tensor) and content.device.type == "cpu":
-        _write(file, _bytes_of(content))
-        return
-    pinned = content.device.type == "cuda"  # a device copies faster into memory that stays in its place
-    if (dtype, pinned) not in buffers:
-        buffers[dtype, pinned] = torch.empty(_PIECE_ELEMENTS, dtype=dtype, pin_memory=pinned)
-    buffer = buffers[dtype, pinned]
-    flat = content.detach().reshape(-1) if isinstance(content, Tensor) else None
-    for first in range(0, elements, _PIECE_ELEMENTS):
-        piece = buffer[: min(_PIECE_ELEMENTS, elements - first)]
-        if flat is None:
-            content.read(first, piece)
-        else:
-            piece.copy_(flat[first : first + piece.numel()])
-        _write(file, memoryview(piece.view(torch.uint8).numpy()))
-
-
-def _write(file: Any, content: bytes | memoryview) -> None:
-    """Write all of it: one call of the system writes 2 GiB at most, and less on a disk that is filling up."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) :]

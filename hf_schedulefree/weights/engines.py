@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_schedulefree.checkpoint import files
-from hf_schedulefree.checkpoint.writing import write_pickled
+from hf_schedulefree.checkpoint.pickled import write_pickled
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.switching import Park
 from hf_schedulefree.weights.gathering import Gathering
