@@ -4,12 +4,16 @@ A checkpoint is *committed* by its record, `schedule_free.json`, which is writte
 place as a whole. See docs/checkpoints.md.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hf_schedulefree.checkpoint.commit import commit_checkpoint, remove_old_checkpoints, staged_folder
-from hf_schedulefree.checkpoint.export import Contents, export_averaged, inspect_weights
 from hf_schedulefree.checkpoint.files import read_header
 from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, Record, read_record
 from hf_schedulefree.checkpoint.streaming import CannotStream, describe_weight_files, streamed_weight_files
 from hf_schedulefree.checkpoint.verify import find_committed, latest_committed, verify_checkpoint
+
+if TYPE_CHECKING:
+    from hf_schedulefree.checkpoint.export import Contents, export_averaged, inspect_weights
 
 __all__ = [
     "RECORD_NAME",
@@ -31,3 +35,12 @@ __all__ = [
     "streamed_weight_files",
     "verify_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The export, and all that reads foreign checkpoints, is loaded when it is asked for: no training needs it.
+    if name in ("Contents", "export_averaged", "inspect_weights"):
+        from hf_schedulefree.checkpoint import export
+
+        return getattr(export, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

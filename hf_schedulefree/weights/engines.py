@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.modeling import is_peft_model
 from torch import distributed, nn
-from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_schedulefree.checkpoint import files
-from hf_schedulefree.checkpoint.pickled import write_pickled
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.switching import Park
 from hf_schedulefree.weights.gathering import Gathering
@@ -131,16 +130,18 @@ class FullyShardedEngine(Engine):
 
     @contextlib.contextmanager
     def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
-        yield _gathering_of_shards(sharded_state.get_model_state_dict(self.model))
+        yield _gathering_of_shards(_sharded_state().get_model_state_dict(self.model))
 
     def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
         # accelerate's files, written tensor by tensor: it would gather model and optimizer first, in the main process.
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is None or not _in_one_file(plugin):
             return False
-        trained = sharded_state.StateDictOptions(ignore_frozen_params=is_peft_model(self.model))
-        model = sharded_state.get_model_state_dict(self.model, options=trained)
-        optimizer = sharded_state.get_optimizer_state_dict(self.model, self.optimizer)
+        from hf_schedulefree.checkpoint.pickled import write_pickled  # few runs need it
+
+        trained = _sharded_state().StateDictOptions(ignore_frozen_params=is_peft_model(self.model))
+        model = _sharded_state().get_model_state_dict(self.model, options=trained)
+        optimizer = _sharded_state().get_optimizer_state_dict(self.model, self.optimizer)
         for name, state in ((files.FSDP_MODEL_FILE, model), (files.FSDP_OPTIMIZER_FILE, optimizer)):
             gathering = _gathering_of_shards(state)
             with gathering.open():
@@ -173,8 +174,8 @@ class NativeFullyShardedEngine(FullyShardedEngine):
     def loading_model(self) -> Iterator[None]:
         def load_into_shards(weights: dict[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
             del self.model.load_state_dict  # what follows calls the model's own
-            options = sharded_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
-            return sharded_state.set_model_state_dict(self.model, weights, options=options)
+            options = _sharded_state().StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+            return _sharded_state().set_model_state_dict(self.model, weights, options=options)
 
         self.model.load_state_dict = load_into_shards
         try:
@@ -194,14 +195,14 @@ class NativeFullyShardedEngine(FullyShardedEngine):
             config.distributed_config = spread
 
     def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
-        state = sharded_state.get_optimizer_state_dict(self.model, self.optimizer)
+        state = _sharded_state().get_optimizer_state_dict(self.model, self.optimizer)
         distributed.checkpoint.save({"optimizer": state}, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)
         return True
 
     def load_states(self, folder: Path) -> bool:
-        state = {"optimizer": sharded_state.get_optimizer_state_dict(self.model, self.optimizer)}
+        state = {"optimizer": _sharded_state().get_optimizer_state_dict(self.model, self.optimizer)}
         distributed.checkpoint.load(state, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)
-        sharded_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        _sharded_state().set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         return True
 
 
@@ -307,6 +308,13 @@ class Zero3Engine(ZeroEngine):
 def _tensors_to_save(module: nn.Module) -> dict[str, torch.Tensor]:
     """What a state dict holds, as the module holds it, under each of its names."""
     return {name: value for name, value in module.state_dict(keep_vars=True).items() if torch.is_tensor(value)}
+
+
+def _sharded_state() -> ModuleType:
+    """torch's state dicts of sharded models. Imported here, so that a run of one process does not load them."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
 
 
 def _gathering_of_whole(module: nn.Module) -> Gathering:
