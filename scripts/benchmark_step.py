@@ -84,7 +84,7 @@ def contenders(dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
         if device.type == "cuda":
             rows[f"ours, one pass ({compiler}), {GRAPH}"] = lambda p: AdamWScheduleFree(p, capturable=True, **plain)
     if plain:
-        is_compiled = kernels.one_pass_half_kernel(device.type, dtype) is not None
+        is_compiled = kernels.kernel_for(device, dtype) is not None
         rows[f"ours, default (split), {f'one pass ({compiler})' if is_compiled else TORCH_ONLY}"] = AdamWScheduleFree
         if is_compiled:
             rows[f"ours, default (split), {TORCH_ONLY}"] = AdamWScheduleFree

@@ -11,6 +11,7 @@ from test_kernels import (
     DIRECTIONS,
     SHAPES,
     TOLERANCE,
+    by_kernel,
     numba_step,
     numbers_for,
     odd_rows,
@@ -22,12 +23,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_schedulefree.optim import AdamWScheduleFree, kernels, precision, precision_step
 from hf_schedulefree.optim.kernels import one_pass_cuda, one_pass_triton, torch_ops
-from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
 from hf_schedulefree.optim.precision import RandomKey
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
-triton_step = one_pass_cuda.step_
+
+def triton_step(*args):
+    by_kernel(one_pass_cuda.prepare, *args)
+
+
 TOLERANCE[torch.float16] = 2**-11
 
 KEEPING = ("split", "stochastic", "full")
@@ -42,8 +47,7 @@ def small_chunks(monkeypatch):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Triton's kernel where numba's is otherwise taken."""
-    monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: triton_step)
-    monkeypatch.setattr(kernels, "one_pass_half_kernel", lambda device_type, dtype: one_pass_cuda.step_half_)
+    monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: one_pass_cuda.prepare)
     monkeypatch.setitem(kernels._ONE_PASS_DTYPES, "cpu", kernels._ONE_PASS_DTYPES["cuda"])
 
 
@@ -134,7 +138,7 @@ def test_the_bits_of_half_precision_are_those_of_the_step_on_cpu(
     numbers = numbers_for(kind, 0.1)
     numba, ours, before = (list(half_rows(torch.bfloat16, state_precision, seed=seed)) for _ in range(3))
     precision_step.step_(numba, numbers)
-    monkeypatch.setattr(kernels, "one_pass_half_kernel", lambda device_type, dtype: one_pass_cuda.step_half_)
+    monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: one_pass_cuda.prepare)
     precision_step.step_(ours, numbers)
     assert_equal(kept(ours), kept(numba))
     assert not all(equal(a.p, b.p) for a, b in zip(ours, before, strict=True))
@@ -169,8 +173,8 @@ def test_random_bits_follow_the_global_index(first, dtype, small_chunks):
         precision.rounding_key(row.key.seed, 5, row.key.parameter), torch.arange(first, first + 300)
     )
     wanted = precision.round_stochastically(wanted, dtype, precision.bits_for("z", bits))
-    dense = DenseHalfRow(row.p, row.state["y_low"], row.state["z"], None, row.grad, first, row.key)
-    one_pass_cuda.step_half_([dense], numbers_for("sgd", k=5))
+    dense = DenseRow(row.p, row.state["y_low"], row.state["z"], None, first, row.key)
+    one_pass_cuda.prepare([dense])([row.grad], numbers_for("sgd", k=5))
     assert torch.equal(row.state["z"][7:], wanted[7:])  # the first values are no numbers
 
 
@@ -241,8 +245,7 @@ def test_a_run_has_the_bits_of_a_run_on_cpu(kind, setting, dtype, monkeypatch):
     monkeypatch.setattr(torch_ops, "foreach_", None)  # neither falls back
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: triton_step)
-            monkeypatch.setattr(kernels, "one_pass_half_kernel", lambda device_type, dtype: one_pass_cuda.step_half_)
+            monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: one_pass_cuda.prepare)
         shapes = [(7, 5), ()]
         params = [torch.nn.Parameter(t) for t in tensors(shapes, dtype)[0]]
         optimizer = CASES[kind].ours(params, **CASES[kind].options(setting))

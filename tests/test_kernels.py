@@ -15,7 +15,7 @@ from torch.profiler import profile
 
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, kernels, switching
 from hf_schedulefree.optim.kernels import torch_ops
-from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
 
@@ -31,8 +31,13 @@ DIRECTIONS = {
 SHAPES = [(7, 5), (), (1,), (0,), (1023,), (3, 1, 4), (64, 33), (2, 0, 3)]
 
 
+def by_kernel(kernel, y, z, v, grads, numbers):
+    """One step by a compiled kernel."""
+    kernel([DenseRow(*row) for row in zip(y, [None] * len(y), z, v or [None] * len(y), strict=True)])(grads, numbers)
+
+
 def numba_step(*args):
-    kernels.one_pass_kernel("cpu")(*args)
+    by_kernel(kernels.one_pass_kernel("cpu"), *args)
 
 
 BACKENDS = {
@@ -119,6 +124,39 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(kind, weight_decay):
     for half_group, wide_group in zip(half[:2] + ([half[2]] if v else []), wide[:2] + ([v] if v else []), strict=True):
         for a, b in zip(half_group, wide_group, strict=True):
             assert torch.equal(a, b.bfloat16())
+
+
+@needs_numba
+@pytest.mark.filterwarnings("ignore:.*small updates are rounded away")
+@pytest.mark.parametrize("state_precision", ["split", "full", "stochastic", "parameter"])
+def test_bfloat16_at_any_address(state_precision):
+    """Two elements are read at a time: not so where a tensor begins within a word, or ends there."""
+    sizes = [1, 2, 3, 40_001, 40_000, 7]
+    values, grads = (tensors([(size,) for size in sizes], torch.bfloat16)[i] for i in (0, 3))
+    found = []
+    for odd in (True, False):
+        flat = torch.full((2, sum(sizes) + 2), 77.0, dtype=torch.bfloat16)
+        parts = [row[1:-1].split(sizes) if odd else values for row in flat]
+        params = [nn.Parameter(part.copy_(value)) for part, value in zip(parts[0], values, strict=True)]
+        optimizer = AdamWScheduleFree(params, lr=0.01, weight_decay=0.1, state_precision=state_precision)
+        optimizer.train()
+        for _ in range(2):
+            for p, grad, part in zip(params, grads, parts[1], strict=True):
+                p.grad = part.copy_(grad) if odd else grad
+            optimizer.step()
+        assert torch.equal(flat[:, [0, -1]], torch.full((2, 2), 77.0, dtype=torch.bfloat16))
+        found.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_numba
+@pytest.mark.parametrize("bits", [0x7FFF, -1, 0x7F81], ids=hex)
+@pytest.mark.parametrize("group", [0, 1, 2, 3])
+def test_every_nan_of_bfloat16_stays_one(group, bits):
+    groups = tensors([(3,)], torch.bfloat16)
+    groups[group][0][:] = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)
+    numba_step(*groups, numbers_for("adam", 0.1))
+    assert groups[0][0].isnan().all() and groups[1][0].isnan().all()
 
 
 @needs_numba
@@ -284,7 +322,7 @@ def calls(monkeypatch):
     made = []
 
     def recorded(name, function):
-        return lambda y, *args: (made.append((name, len(y))), function(y, *args))
+        return lambda some, *args: (made.append((name, len(some))), function(some, *args))[1]
 
     numba = kernels.one_pass_kernel("cpu")
     monkeypatch.setattr(torch_ops, "foreach_", recorded("foreach", torch_ops.foreach_))
@@ -342,7 +380,7 @@ def test_compiles_where_no_cache_can_be_written(tmp_path):
 
 
 def test_other_devices_take_torchs_operations():
-    assert kernels.one_pass_kernel("mps") is None and kernels.one_pass_half_kernel("mps", torch.bfloat16) is None
+    assert kernels.one_pass_kernel("mps") is None and kernels.kernel_for(torch.device("mps"), torch.float32) is None
 
 
 def test_the_other_choices(calls):

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from cases import CASES
-from test_kernels import DIRECTIONS, SHAPES, TOLERANCE, numba_step, numbers_for, run_and_compare, tensors
+from test_kernels import DIRECTIONS, SHAPES, TOLERANCE, by_kernel, numba_step, numbers_for, run_and_compare, tensors
 from torch import nn
 
 from hf_schedulefree.optim import AdamWScheduleFree, kernels, precision
@@ -22,7 +22,7 @@ LARGE = [*SHAPES, (8192,), (8193,), (300_001,), (1000, 1024), (16_383,)]
 
 
 def gpu_step(*args):
-    kernels.one_pass_kernel("cuda")(*args)
+    by_kernel(kernels.one_pass_kernel("cuda"), *args)
 
 
 def on_gpu(groups):
@@ -37,7 +37,7 @@ def equal(a, b):
 
 def test_there_is_a_kernel():
     assert kernels.one_pass_kernel("cuda") is not None
-    assert kernels.one_pass_half_kernel("cuda", torch.bfloat16) is not None
+    assert kernels.kernel_for(torch.device("cuda"), torch.float16) is not None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -125,14 +125,18 @@ def test_an_interrupted_switch_can_be_completed_in_both_directions(monkeypatch, 
     parked = ParkedResidual(p, z, 0.9)
     if first == "restore":
         parked.park()
-    run = compiled.run
+    run = compiled.Job.run
 
-    def interrupted(work, table, numbers, elements, **options):
-        run(work, table, numbers, min(done, elements), **options)
+    def interrupted(job, *args, **options):
+        whole, job.table = job.table, job.table[:done]
+        try:
+            run(job, *args, **options)
+        finally:
+            job.table = whole
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "run", interrupted)
+        patch.setattr(compiled.Job, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             getattr(parked, first)()
     parked.park() if then == "park" else parked.restore()

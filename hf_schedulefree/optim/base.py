@@ -27,6 +27,7 @@ from hf_schedulefree.optim.option_ranges import check_options
 from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
+from hf_schedulefree.optim.repeated import Choices, GroupTensors, RepeatedStep
 from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         self.park = park
         self._residuals = Residuals()
         self._parts = GroupParts()
+        self._repeated: dict[int, RepeatedStep | None] = {}  # by id of the group
         check_options(type(self).__name__, options)
         super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, "parked_k": NOT_PARKED})
 
@@ -208,6 +210,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
                     param_state.pop("y", None)
                 group["parked_k"] = NOT_PARKED
         self._parts = GroupParts()
+        self._repeated = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
@@ -255,15 +258,38 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capturable.check_capture(self)
-        one_pass = self._one_pass
-        for index, group in enumerate(self.param_groups):
+        first = 0
+        for group in self.param_groups:
             if group["params"]:
                 self._parts.recall(group, self.state)
-                self._step_group(index, group, one_pass=one_pass)
+                self._step_group(group, first)
                 self._parts.keep(group, self.state)
+            first += len(group["params"])
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], *, one_pass: bool) -> None:
+    def _step_group(self, group: dict[str, Any], first: int) -> None:
+        numbers = self._step_numbers(group)
+        choices = Choices(
+            self.implementation,
+            group["state_precision"],
+            group["rounding_seed"],
+            group["capturable"],
+            first,
+            len(group["params"]),
+        )
+        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(id(group))
+        if repeated is not None and tensors is not None and repeated.fits(tensors, choices):
+            repeated(tensors, numbers)
+        else:
+            self._step_rows(group, first, numbers)
+            tensors = GroupTensors.of(group["params"], self.state)
+            self._repeated[id(group)] = tensors and RepeatedStep.of(
+                tensors, choices, group["params"], compiled=self._one_pass
+            )
+        capturable.set_counter(group, "k", group["k"] + 1)
+
+    def _step_numbers(self, group: dict[str, Any]) -> StepNumbers:
+        """The numbers of the group's next step, which its counters take part in."""
         capturable.place_counters(group)
         lr = capturable.learning_rate(group) * self._lr_factor(group)
         capturable.set_counter(group, "scheduled_lr", lr)  # the rate this step really used, for logging
@@ -272,10 +298,12 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
         )
         capturable.set_counter(group, "weight_sum", weight_sum)
-        numbers = StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), group["k"])
+        return StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), group["k"])
+
+    def _step_rows(self, group: dict[str, Any], first: int, numbers: StepNumbers) -> None:
+        """The step of a group whose tensors may be of any kind; the state of some may still be missing."""
         rows: list[kernels.Row] = []
         half_rows: list[HalfRow] = []
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         for position, p in enumerate(group["params"], start=first):
             grad = p.grad
             if grad is None:
@@ -292,10 +320,9 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             key = RandomKey(group["rounding_seed"], position)
             half_rows.append(HalfRow(p, grad, state, storage, key))
         if rows:
-            kernels.step_(rows, numbers, self.implementation, compiled=one_pass)
+            kernels.step_(rows, numbers, self.implementation, compiled=self._one_pass)
         if half_rows:
             precision_step.step_(half_rows, numbers, self.implementation)
-        capturable.set_counter(group, "k", group["k"] + 1)
 
     def _is_dry_run(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to create the state: a step at lr 0 on zero gradients.

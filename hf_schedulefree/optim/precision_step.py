@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim import kernels, precision, sharding
 from hf_schedulefree.optim.kernels import Implementation, torch_ops
-from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
 from hf_schedulefree.optim.precision import Y_LOW, RandomKey, Storage, Words
 
 # Elements that are in float32 at a time: small enough for the caches of a CPU, large enough to fill a GPU.
@@ -40,39 +40,40 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
     In one pass over memory where a kernel is at hand and the tensors allow, unless `implementation` is "for-loop" or
     "foreach"; else slice by slice with torch's operations, which round with the same random numbers.
     """
-    dense: dict[tuple[torch.device, torch.dtype, Storage], list[tuple[HalfRow, DenseHalfRow]]] = {}
+    buckets: dict[tuple[torch.device, torch.dtype, Storage], list[tuple[HalfRow, DenseRow, Tensor]]] = {}
     for row in rows:
-        tensors = _dense(row, numbers.direction.beta2 is not None) if implementation in (None, "fused") else None
-        if tensors is None:
+        local = _dense(row, numbers.direction.beta2 is not None) if implementation in (None, "fused") else None
+        if local is None:
             _step_in_slices(row, numbers)
         else:
-            dense.setdefault((tensors.y.device, tensors.y.dtype, row.storage), []).append((row, tensors))
-    for (device, dtype, _), alike in dense.items():
-        kernel = kernels.one_pass_half_kernel(device.type, dtype)
+            tensors, grad = local
+            buckets.setdefault((grad.device, grad.dtype, row.storage), []).append((row, tensors, grad))
+    for (device, dtype, _), bucket in buckets.items():
+        kernel = kernels.kernel_for(device, dtype)
         if kernel is not None:
-            kernel([tensors for _, tensors in alike], numbers.on(device))
+            kernel([tensors for _, tensors, _ in bucket])([grad for *_, grad in bucket], numbers.on(device))
         else:
-            for row, _ in alike:
+            for row, *_ in bucket:
                 _step_in_slices(row, numbers)
 
 
-def _dense(row: HalfRow, uses_v: bool) -> DenseHalfRow | None:
-    """The tensors of a row if a one-pass kernel for its device and dtype could take them; else None."""
+def _dense(row: HalfRow, uses_v: bool) -> tuple[DenseRow, Tensor] | None:
+    """The tensors of a row, and its gradient, if a kernel for its device and dtype could take them; else None."""
     p, grad, state, _, key = row
     tensors = (p, state.get(Y_LOW), state["z"], state["exp_avg_sq"] if uses_v else None, grad)
     first = 0
     if type(p) not in kernels.PLAIN_TENSORS:
         tensors = tuple(None if t is None else sharding.local(t) for t in tensors)
         first = sharding.first_index(p)
-        p = tensors[0]
-    dtype, device = p.dtype, p.device
-    if first is None or tensors[-1].dtype is not dtype:
+    *kept, grad = tensors
+    p = kept[0]
+    if first is None or grad.dtype is not p.dtype:
         return None
-    if not all(t is None or (t.is_contiguous() and t.device == device) for t in tensors):
+    if not all(t is None or (t.is_contiguous() and t.device == p.device) for t in tensors):
         return None
-    if device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
+    if p.device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
         return None
-    return DenseHalfRow(*tensors, first, key)
+    return DenseRow(*kept, first, key), grad
 
 
 def _step_in_slices(row: HalfRow, numbers: StepNumbers) -> None:

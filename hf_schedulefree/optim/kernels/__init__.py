@@ -14,7 +14,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.kernels import torch_ops
-from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
+from hf_schedulefree.optim.kernels.numbers import DenseRow, Kernel, StepNumbers
 
 Implementation = Literal["for-loop", "foreach", "fused"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("for-loop", "foreach", "fused")
@@ -37,7 +37,7 @@ _CHUNK_ELEMENTS = 2**22
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on CPU
 _ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.float16)}
-_FUSED_DTYPES = (torch.float32, torch.float64)
+FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 # numba takes 100 MiB and most of a second of each process, which is more than it saves where a step is short anyway.
@@ -84,37 +84,32 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers, compiled: bool) -> None:
             else:
                 buckets.setdefault((local[0].device, local[0].dtype), []).append(local)
     for (device, dtype), bucket in buckets.items():
-        kernel = one_pass_kernel(device.type) if compiled or device.type != "cpu" else None
-        if kernel is not None and dtype in _ONE_PASS_DTYPES[device.type]:
-            kernel(*_columns(bucket), numbers.on(device))
-        elif dtype in _FUSED_DTYPES and numbers.on(device).are_plain:
+        kernel = kernel_for(device, dtype) if compiled or device.type != "cpu" else None
+        if kernel is not None:
+            ready = kernel([DenseRow(y, None, z, v) for y, z, v, _ in bucket])
+            ready([grad for *_, grad in bucket], numbers.on(device))
+        elif dtype in FUSED_DTYPES and numbers.on(device).are_plain:
             torch_ops.fused_(*_columns(bucket), numbers.on(device))
         else:
             _foreach(bucket, numbers)
 
 
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The compiled one-pass step for parameters of a kind, however their state is kept; None where there is none."""
+    return one_pass_kernel(device.type) if dtype in _ONE_PASS_DTYPES.get(device.type, ()) else None
+
+
 @functools.cache
-def one_pass_kernel(device_type: str) -> Callable | None:
-    """The compiled one-pass step for a kind of device; None where there is none, or its compiler is not installed."""
+def one_pass_kernel(device_type: str) -> Kernel | None:
+    """The kernel for a kind of device; None where there is none, or what compiles it is not installed."""
     if device_type == "cpu" and importlib.util.find_spec("numba") is not None:
         with contextlib.suppress(ImportError):  # a numba that does not go with the installed numpy
-            return importlib.import_module(f"{__name__}.one_pass_cpu").step_
+            return importlib.import_module(f"{__name__}.one_pass_cpu").prepare
     if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
         with contextlib.suppress(ImportError):
             module = importlib.import_module(f"{__name__}.one_pass_cuda")
-            return module.step_ if module.runs() else None
+            return module.prepare if module.runs() else None
     return None
-
-
-def one_pass_half_kernel(
-    device_type: str, dtype: torch.dtype
-) -> Callable[[list[DenseHalfRow], StepNumbers], None] | None:
-    """The same for half-precision parameters of a dtype whose state is stored in another way than they are."""
-    if dtype not in _ONE_PASS_DTYPES.get(device_type, ()) or one_pass_kernel(device_type) is None:
-        return None
-    if device_type == "cpu":
-        return importlib.import_module(f"{__name__}.one_pass_half_cpu").step_
-    return importlib.import_module(f"{__name__}.one_pass_cuda").step_half_
 
 
 def switch_kernel() -> ModuleType | None:

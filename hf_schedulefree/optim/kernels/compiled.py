@@ -1,31 +1,67 @@
 """What the compiled CPU kernels share: how they are compiled, how threads divide the work, bfloat16. Needs numba.
 
-A kernel is a C function `worker(job)`, called once by each thread. It takes part after part of the work, which is
-numbered from 0 to `elements`, until nothing is left: a thread that the machine gives less time takes fewer parts.
+A kernel is a C function `worker(job)`, called once by each thread. It takes some rows after others of a table of
+addresses, each a block of a tensor, until nothing is left: a thread that the machine gives less time takes fewer.
 
 A worker's closure must hold plain values only. With a compiled function among them, numba's cache on disk would never
 match: it would compile anew, and write another file, in each process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from hf_schedulefree.optim.kernels import threads
 
-# What a job holds, as int64: the next part (shared by all threads), elements in all, elements of a part, the addresses
-# of the table and of the plain numbers, rows of the table, what the workers count, what else they need.
-_NEXT, _ELEMENTS, _PART, _TABLE, _NUMBERS, _ROWS, _COUNTED, _EXTRA = range(8)
-_SLOTS = 8
+# What a worker is told, as int64: the next row (shared by all threads), rows in all, how many are taken at once, the
+# addresses of the table and of the plain numbers, what the workers count, what else they need.
+_NEXT, _ROWS, _AT_ONCE, _TABLE, _NUMBERS, _COUNTED, _EXTRA = range(7)
+_SLOTS = 7
 
-# Elements that pay for waking one more thread, and bounds of a part.
+# Elements that pay for waking one more thread.
 _ELEMENTS_PER_THREAD = 2**14
-_SMALLEST_PART, _LARGEST_PART = 2**13, 2**17
-_PARTS_PER_THREAD = 8
+
+# Most elements of a block, unless a kernel has reasons for another number: some microseconds of work.
+BLOCK = 2**14
+
+
+class Blocks:
+    """Tensors as the rows of a table: each is divided into blocks, of which it takes one row each.
+
+    Args:
+        sizes: the elements of each tensor.
+        largest: most elements of a block.
+    """
+
+    def __init__(self, sizes: Sequence[int], largest: int = BLOCK):
+        in_all = np.array(sizes, np.int64)
+        counts = -(-in_all // largest)
+        self._owner = np.repeat(np.arange(len(in_all)), counts)
+        index = np.arange(len(self._owner)) - self.of(np.cumsum(counts) - counts)
+        self.first = index * largest
+        self.elements = np.minimum(self.of(in_all) - self.first, largest)
+
+    def of(self, values: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A whole number per tensor -> per block."""
+        return np.asarray(values, np.int64)[self._owner]
+
+    def addresses(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        """Where the blocks of contiguous tensors of one dtype begin."""
+        return self.of(list(map(Tensor.data_ptr, tensors))) + self.first * tensors[0].element_size()
+
+    def job(self, columns: Iterable[Sequence[Tensor]], numbers: int, *others: np.ndarray, **options: Any) -> "Job":
+        """A job whose table has the addresses of some lists of tensors, the elements of the blocks, and other columns.
+
+        Options are those of `Job`.
+        """
+        table = np.stack([*map(self.addresses, columns), self.elements, *others], axis=1)
+        return Job(table, int(self.elements.sum()), numbers, **options)
 
 
 @intrinsic
@@ -68,11 +104,11 @@ def rows_and_numbers(job, columns, numbers):
 
 
 @njit
-def take_part(job):
-    """The next part (first, last) for the calling thread; first = last when all are taken."""
+def take_rows(job):
+    """The next rows (first, last) for the calling thread; first = last when all are taken."""
     slots = carray(pointer(job), _SLOTS, np.int64)
-    first = min(_fetch_add(job + 8 * _NEXT, slots[_PART]), slots[_ELEMENTS])
-    return first, min(first + slots[_PART], slots[_ELEMENTS])
+    first = min(_fetch_add(job + 8 * _NEXT, slots[_AT_ONCE]), slots[_ROWS])
+    return first, min(first + slots[_AT_ONCE], slots[_ROWS])
 
 
 @njit
@@ -87,43 +123,59 @@ def extra(job):
     return carray(pointer(job), _SLOTS, np.int64)[_EXTRA]
 
 
-def run(
-    work: "threads.Work",
-    table: np.ndarray,
-    numbers: tuple[float, ...],
-    elements: int,
-    *,
-    weight: int = 1,
-    counted: int = 0,
-    extra: int = 0,
-    one_thread: bool = False,
-) -> int:
-    """Do a job in torch's number of threads.
+class Job:
+    """A table, ready to be worked on again and again in torch's number of threads.
 
     Args:
-        work: from `worker`.
-        table: int64, C-contiguous.
-        numbers: what is the same for all rows.
-        elements: how much there is to do.
-        weight: how many elements of a tensor each of these stands for.
-        counted: where to begin to count.
-        extra: an address for the workers.
-        one_thread: do it in the calling thread.
-
-    Returns:
-        What the workers have counted.
+        table: int64, C-contiguous; its owner may write to it between two runs.
+        elements: what the rows stand for.
+        numbers: how many plain numbers a run is given.
+        at_once: how many rows a thread takes at a time.
+        one_thread: always work in the calling thread.
     """
-    threads_used = max(1, min(torch.get_num_threads(), elements * weight // _ELEMENTS_PER_THREAD))
-    if one_thread:
-        threads_used = 1
-    part = elements
-    if threads_used > 1:
-        part = min(max(elements * weight // (threads_used * _PARTS_PER_THREAD), _SMALLEST_PART), _LARGEST_PART)
-        part = -(-part // weight)
-    values = np.array(numbers, np.float64)
-    job = np.array([0, elements, part, table.ctypes.data, values.ctypes.data, len(table), counted, extra], np.int64)
-    threads.run(work, job.ctypes.data, threads_used)
-    return int(job[_COUNTED])
+
+    def __init__(self, table: np.ndarray, elements: int, numbers: int, *, at_once: int = 1, one_thread: bool = False):
+        self.table = table
+        self._elements, self._at_once, self._one_thread = elements, at_once, one_thread
+        self._numbers = np.empty(numbers, np.float64)
+        self._slots = np.empty(_SLOTS, np.int64)
+        self._places = table.ctypes.data, self._numbers.ctypes.data
+        self._argument = self._slots.ctypes.data
+
+    def run(self, work: "threads.Work", numbers: Sequence[float], *, counted: int = 0, extra: int = 0) -> int:
+        """Do it.
+
+        Args:
+            work: from `worker`.
+            numbers: what is the same for all rows.
+            counted: where to begin to count.
+            extra: an address for the workers.
+
+        Returns:
+            What the workers have counted.
+        """
+        most = 1 if self._one_thread else self._elements // _ELEMENTS_PER_THREAD
+        count = max(1, min(torch.get_num_threads(), most))
+        rows = len(self.table)
+        self._numbers[:] = numbers
+        self._slots[:] = (0, rows, self._at_once if count > 1 else rows, *self._places, counted, extra)
+        threads.run(work, self._argument, count)
+        return int(self._slots[_COUNTED])
+
+
+class Column:
+    """The addresses of gradients in the table of a job: others at each step, but mostly in the same places."""
+
+    def __init__(self, job: Job, index: int, blocks: Blocks):
+        self._job, self._index, self._blocks = job, index, blocks
+        self._shown: list[int] = []
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        """Put those of contiguous tensors of one dtype there."""
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._shown:
+            self._job.table[:, self._index] = self._blocks.addresses(tensors)
+            self._shown = addresses
 
 
 # Arithmetic in 32 bits. numba's own operators widen to 64, and a loop then takes half as many elements at a time.
@@ -141,8 +193,8 @@ def _in_32_bits(instruction: str) -> Callable:
 
 
 add, subtract, multiply = _in_32_bits("add"), _in_32_bits("sub"), _in_32_bits("mul")
-both, either = _in_32_bits("and_"), _in_32_bits("xor")
-shift_left, shift_right = _in_32_bits("shl"), _in_32_bits("lshr")
+both, either, merged = _in_32_bits("and_"), _in_32_bits("xor"), _in_32_bits("or_")
+shift_left, shift_right, shift_right_signed = _in_32_bits("shl"), _in_32_bits("lshr"), _in_32_bits("ashr")
 
 
 @njit(inline="always")

@@ -1,5 +1,6 @@
-"""The plain numbers of one step, and what a kernel for half precision is given for each parameter."""
+"""The plain numbers of one step, and what a compiled kernel is given."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,23 +58,29 @@ def _moved(value: object, device: torch.device) -> object:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-class DenseHalfRow(NamedTuple):
-    """One half-precision parameter: tensors that are contiguous and of one shape, None where there is none.
+class DenseRow(NamedTuple):
+    """One parameter as a compiled kernel takes it: contiguous tensors of one shape, None where there is none.
 
     Args:
         y: the parameter.
         y_low: 16 more bits of it.
         z: as it is kept.
         v: as it is kept.
-        grad: of the parameter's dtype.
         first: the global index of the first element; the others follow.
-        key: of the random numbers.
+        key: of the random numbers; None: what is kept in half precision is rounded to nearest.
     """
 
     y: Tensor
     y_low: Tensor | None
     z: Tensor
     v: Tensor | None
-    grad: Tensor
-    first: int
-    key: RandomKey
+    first: int = 0
+    key: RandomKey | None = None
+
+
+# A step that is ready to be made again and again, in place, over the tensors that it was made for: it is called with
+# their gradients (contiguous, of their dtype, device and sizes) and the numbers. It keeps no tensor but the parameters.
+ReadyStep = Callable[[Sequence[Tensor], StepNumbers], None]
+
+# A compiled kernel: makes such a step for rows of one device whose tensors have the same dtypes.
+Kernel = Callable[[Sequence[DenseRow]], ReadyStep]

@@ -19,8 +19,8 @@ from triton.runtime import JITFunction
 
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import one_pass_triton
-from hf_schedulefree.optim.kernels.numbers import DenseHalfRow, StepNumbers
-from hf_schedulefree.optim.precision import RandomKey, wrapped
+from hf_schedulefree.optim.kernels.numbers import DenseRow, ReadyStep, StepNumbers
+from hf_schedulefree.optim.precision import wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ _ALIGNMENT = 16
 # A program takes one chunk of a tensor, and of that one block at a time; a block has 8 elements for each thread.
 CHUNK, BLOCK, WARPS = 8192, 1024, 4
 
-_NO_KEY = RandomKey(0, 0)
-
 
 def runs() -> bool:
     """Whether Triton compiles for the current GPU and launches there: tried out, on one element."""
@@ -46,50 +44,46 @@ def runs() -> bool:
         return False  # under TRITON_INTERPRET=1 the kernel would read a GPU's addresses from the CPU
     try:
         y, z, gradient = torch.zeros(3, 1, device="cuda").unbind()
-        step_([y], [z], [], [gradient], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
+        prepare([DenseRow(y, None, z, None)])([gradient], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
     except Exception as error:  # no C compiler, an old GPU, a driver that does not go with triton: it may be anything
         logger.info("The one-pass kernel does not run on this GPU, torch's operations do. Triton says: %s", error)
         return False
     return True
 
 
-def step_(
-    y: Sequence[Tensor], z: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor], numbers: StepNumbers
-) -> None:
-    """One step in place over contiguous tensors of one device and floating-point dtype."""
-    rows = [
-        DenseHalfRow(a, None, b, c, g, 0, _NO_KEY) for a, b, c, g in zip(y, z, v or [None] * len(y), grads, strict=True)
-    ]
-    _launch(rows, numbers, stochastic=False)
+def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
+    """A `numbers.Kernel` for parameters of one device and floating-point dtype."""
+    y, y_low, z, v, _, key = rows[0]
+    params = [row.y for row in rows]
+    columns = _columns(rows)
+    chunks = int(columns[0, -1])
+    options = {
+        "P": _KINDS[y.dtype],
+        "Z": _KINDS[z.dtype],
+        "V": _KINDS[z.dtype if v is None else v.dtype],
+        "REAL": tl.float64 if y.dtype == torch.float64 else tl.float32,
+        "LOW_BITS": y_low is not None,
+        "STOCHASTIC": key is not None,
+        "HAS_V": v is not None,
+        "PART": CHUNK,
+        "STEP": BLOCK,
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,  # every operation is rounded, as on CPU
+    }
 
+    def step_(grads: Sequence[Tensor], numbers: StepNumbers) -> None:
+        if not chunks:
+            return
+        device = params[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            one_pass_triton.step[(chunks,)](
+                _on_device(_table(columns, grads), device),
+                _numbers(numbers, device),
+                **options,
+            )
+        torch.autograd.graph.increment_version(params)  # autograd must notice, as for torch's operations
 
-def step_half_(rows: Sequence[DenseHalfRow], numbers: StepNumbers) -> None:
-    """One step in place for half-precision parameters of one device and dtype, whose state is stored alike."""
-    _launch(rows, numbers, stochastic=True)
-
-
-def _launch(rows: Sequence[DenseHalfRow], numbers: StepNumbers, *, stochastic: bool) -> None:
-    y, y_low, z, v, *_ = rows[0]
-    table, chunks = _table(rows)
-    if not chunks:
-        return
-    with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
-        one_pass_triton.step[(chunks,)](
-            table,
-            _numbers(numbers, y.device),
-            P=_KINDS[y.dtype],
-            Z=_KINDS[z.dtype],
-            V=_KINDS[z.dtype if v is None else v.dtype],
-            REAL=tl.float64 if y.dtype == torch.float64 else tl.float32,
-            LOW_BITS=y_low is not None,
-            STOCHASTIC=stochastic,
-            HAS_V=v is not None,
-            PART=CHUNK,
-            STEP=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,  # every operation is rounded, as on CPU
-        )
-    torch.autograd.graph.increment_version([row.y for row in rows])  # autograd must notice, as for torch's operations
+    return step_
 
 
 def _numbers(numbers: StepNumbers, device: torch.device) -> Tensor:
@@ -121,24 +115,29 @@ _spare: dict[int, Tensor] = {}
 _lock = threading.Lock()
 
 
-def _table(rows: Sequence[DenseHalfRow]) -> tuple[Tensor, int]:
-    """What `one_pass_triton.COLUMNS` lists, on the device, and the number of chunks of all rows."""
-    columns = np.empty((len(one_pass_triton.COLUMNS), len(rows)), np.int64)
-    chunks, elements, aligned, y, y_low, z, v, gradient, first, seed, parameter = columns
+def _columns(rows: Sequence[DenseRow]) -> np.ndarray:
+    """What `one_pass_triton.COLUMNS` lists, but for the gradients: a row each, of which the first counts chunks."""
+    columns = np.zeros((len(one_pass_triton.COLUMNS), len(rows)), np.int64)
+    chunks, elements, _, y, y_low, z, v, _, first, seed, parameter = columns
     elements[:] = [row.y.numel() for row in rows]
     y[:] = [row.y.data_ptr() for row in rows]
     z[:] = [row.z.data_ptr() for row in rows]
-    gradient[:] = [row.grad.data_ptr() for row in rows]
     # A tensor that there is not is never touched; any address will do.
     y_low[:] = y if rows[0].y_low is None else [row.y_low.data_ptr() for row in rows]
     v[:] = z if rows[0].v is None else [row.v.data_ptr() for row in rows]
     first[:] = [row.first for row in rows]
-    seed[:] = [wrapped(row.key.seed) for row in rows]
-    parameter[:] = [row.key.parameter for row in rows]
-    aligned[:] = (columns[3:8] % _ALIGNMENT == 0).all(0)
+    if rows[0].key is not None:
+        seed[:] = [wrapped(row.key.seed) for row in rows]
+        parameter[:] = [row.key.parameter for row in rows]
     chunks[:] = np.cumsum(-(-elements // CHUNK))
-    table = np.concatenate(([len(rows)], columns.ravel()))
-    return _on_device(table, rows[0].y.device), int(chunks[-1])
+    return columns
+
+
+def _table(columns: np.ndarray, grads: Sequence[Tensor]) -> np.ndarray:
+    """The table as the kernel reads it: the number of rows, and the columns with the addresses of the gradients."""
+    columns[7] = list(map(Tensor.data_ptr, grads))
+    columns[2] = (columns[3:8] % _ALIGNMENT == 0).all(0)
+    return np.concatenate(([columns.shape[1]], columns.ravel()))
 
 
 def _on_device(table: np.ndarray, device: torch.device) -> Tensor:

@@ -17,13 +17,16 @@ from numba import carray, njit
 from torch import Tensor
 
 from hf_schedulefree.optim.kernels import compiled
-from hf_schedulefree.optim.kernels.compiled import count, extra, pointer, rows_and_numbers, take_part
+from hf_schedulefree.optim.kernels.compiled import count, extra, pointer, rows_and_numbers, take_rows
 from hf_schedulefree.optim.kernels.switch_cpu import extrapolated
 from hf_schedulefree.optim.kernels.threads import Work
 
 DTYPES = (torch.float32, torch.float64)
 
 _BLOCK = 2**11  # small enough for a core's first cache: p, z and the residual
+
+# Blocks that a thread takes at a time.
+_BLOCKS_AT_ONCE = 8
 
 # Residuals are allocated in pieces, which the C library takes from memory that was freed (by gradients, say). A larger
 # one would come from the system, page by page.
@@ -63,7 +66,7 @@ def _park(dtype: torch.dtype) -> Work:
         to_x, to_y = real(numbers[0]), real(numbers[1])
         former = np.empty(_BLOCK, whole)
         while True:
-            first, last = take_part(job)
+            first, last = take_rows(job)
             if first == last:
                 return
             for row in range(first, last):
@@ -117,7 +120,7 @@ def _restore(dtype: torch.dtype, compares_only: bool) -> Work:
         to_y = real(numbers[1])
         former = np.empty(_BLOCK, whole)
         while True:
-            first, last = take_part(job)
+            first, last = take_rows(job)
             if first == last:
                 return
             for row in range(first, last):
@@ -173,20 +176,20 @@ class ParkedResidual:
         self._z = list(z)  # so that it is not freed
         self._weights = (1 - 1 / beta, 1 - beta)
         self._dtype = self.params[0].dtype
-        self._sizes = np.array([p.numel() for p in self.params], np.int64)
-        self._blocks = -(-self._sizes // _BLOCK)
+        self._sizes = [p.numel() for p in self.params]
+        self._blocks = compiled.Blocks(self._sizes, _BLOCK)
         self._kept = np.empty(0, np.dtype(f"i{self._dtype.itemsize}"))
-        within = np.concatenate([np.arange(blocks) * _BLOCK for blocks in self._blocks])
-        self._offsets = within * self._dtype.itemsize
-        self._table = np.empty((len(within), _COLUMNS), np.int64)
-        self._table[:, _Z] = self._repeated([t.data_ptr() for t in self._z]) + self._offsets
-        self._residuals = []
-        for start in range(0, len(within), _BLOCKS_PER_PIECE):
-            blocks = np.arange(min(_BLOCKS_PER_PIECE, len(within) - start))
-            self._residuals.append(np.empty(len(blocks) * _BLOCK, np.int8))
-            self._table[start + blocks, _RESIDUAL] = self._residuals[-1].ctypes.data + blocks * _BLOCK
-        self._table[:, _ELEMENTS] = np.minimum(self._repeated(self._sizes) - within, _BLOCK)
+        self._table = np.empty((len(self._blocks.elements), _COLUMNS), np.int64)
+        self._table[:, _Z] = self._blocks.addresses(self._z)
+        self._table[:, _ELEMENTS] = self._blocks.elements
         self._table[:, _KEPT_AT] = _HOLDS_Y
+        self._residuals = []
+        for start in range(0, len(self._table), _BLOCKS_PER_PIECE):
+            sizes = self._blocks.elements[start : start + _BLOCKS_PER_PIECE]
+            ends = np.cumsum(sizes)
+            self._residuals.append(np.empty(ends[-1], np.int8))
+            self._table[start : start + len(sizes), _RESIDUAL] = self._residuals[-1].ctypes.data + ends - sizes
+        self._job = compiled.Job(self._table, sum(self._sizes), len(self._weights), at_once=_BLOCKS_AT_ONCE)
 
     @property
     def nbytes(self) -> int:
@@ -226,20 +229,13 @@ class ParkedResidual:
             return copies
         table = self._table.copy()
         self._run(_restore(self._dtype, compares_only=False), copies)
-        self._table = table
+        self._table[:] = table
         return copies
 
     def _as_parked(self) -> bool:
         sizes = [p.numel() for p in self.params if p.is_contiguous() and p.dtype == self._dtype and p.is_cpu]
-        return sizes == self._sizes.tolist()
+        return sizes == self._sizes
 
     def _run(self, work: Work, tensors: Sequence[Tensor], counted: int = 0) -> int:
-        self._table[:, _PARAMETER] = self._repeated([t.data_ptr() for t in tensors]) + self._offsets
-        kept = self._kept.ctypes.data
-        return compiled.run(
-            work, self._table, self._weights, len(self._table), weight=_BLOCK, counted=counted, extra=kept
-        )
-
-    def _repeated(self, values: Sequence[int] | np.ndarray) -> np.ndarray:
-        """A value per parameter -> per block."""
-        return np.repeat(np.asarray(values, np.int64), self._blocks)
+        self._table[:, _PARAMETER] = self._blocks.addresses(tensors)
+        return self._job.run(work, self._weights, counted=counted, extra=self._kept.ctypes.data)

@@ -19,7 +19,7 @@ from hf_schedulefree.optim.kernels.compiled import (
     joined,
     pointer,
     rows_and_numbers,
-    take_part,
+    take_rows,
 )
 from hf_schedulefree.optim.kernels.threads import Work
 
@@ -34,10 +34,9 @@ def extrapolated(start, end, weight):
 def _worker(dtype: torch.dtype, compares: bool, low_bits: bool, wide_z: bool) -> Work:
     """The pass that writes x into p, or counts the elements of p that are not x."""
     kept, real = compiled.NUMBA_TYPES[dtype]
-    half, size = kept is np.uint16, dtype.itemsize
-    kept_z, size_z = (real, 4) if wide_z else (kept, size)
+    half, kept_z = kept is np.uint16, real if wide_z else kept
     half_z = half and not wide_z
-    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
 
     @compiled.worker
     def write(job):
@@ -45,20 +44,17 @@ def _worker(dtype: torch.dtype, compares: bool, low_bits: bool, wide_z: bool) ->
         table, numbers = rows_and_numbers(job, 5, 1)
         weight = real(numbers[0])
         while True:
-            first, last = take_part(job)
+            first, last = take_rows(job)
             if first == last:
                 return
-            start = others = 0
-            for row in range(table.shape[0]):
-                low, high = max(first - start, 0), min(last - start, table[row, 4])
-                start += table[row, 4]
-                if low >= high:
-                    continue
-                p = carray(pointer(table[row, 0] + size * low), high - low, kept)
-                y = carray(pointer(table[row, 1] + size * low), high - low, kept)
-                z = carray(pointer(table[row, 2] + size_z * low), high - low, kept_z)
-                y_low = carray(pointer(table[row, 3] + 2 * low), high - low, np.uint16)
-                for i in range(p.size):
+            others = 0
+            for row in range(first, last):
+                elements = table[row, 4]
+                p = carray(pointer(table[row, 0]), elements, kept)
+                y = carray(pointer(table[row, 1]), elements, kept)
+                z = carray(pointer(table[row, 2]), elements, kept_z)
+                y_low = carray(pointer(table[row, 3]), elements, np.uint16)
+                for i in range(elements):
                     if low_bits:
                         y_i = joined(y[i], y_low[i])
                     else:
@@ -114,10 +110,8 @@ def _run(
     compares: bool,
     one_thread: bool = False,
 ) -> int:
-    table = np.empty((len(p), 5), np.int64)
-    for column, tensors in enumerate((p, y, z, y_low or y)):
-        table[:, column] = [tensor.data_ptr() for tensor in tensors]
-    table[:, 4] = [tensor.numel() for tensor in p]
+    sizes = [tensor.numel() for tensor in p]
+    blocks = compiled.Blocks(sizes, max(1, *sizes) if one_thread else compiled.BLOCK)
+    job = blocks.job((p, y, z, y_low or y), 1, one_thread=one_thread)
     dtype = p[0].dtype
-    work = _worker(dtype, compares, bool(y_low), z[0].dtype != dtype)
-    return compiled.run(work, table, (1 - 1 / beta,), int(table[:, 4].sum()), one_thread=one_thread)
+    return job.run(_worker(dtype, compares, bool(y_low), z[0].dtype != dtype), (1 - 1 / beta,))
