@@ -124,11 +124,12 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
         def call_event_at_its_weights(event: str, *args: Any, **kwargs: Any) -> Any:
             kwargs["averaged_weights"] = self.averaged_weights
-            if not self._training or self._switch is None:
+            reads = listens(self.callback_handler, event)  # if not, the model can stay as it is
+            if not self._training or not (reads or event == "on_save") or self._switch is None:
                 return call_event(event, *args, **kwargs)
             shown = self.averaged_weights() if event in EVENTS_AT_X else self.training_weights()
-            if not listens(self.callback_handler, event):
-                shown = contextlib.nullcontext()  # nobody reads the model: it can stay as it is
+            if not reads:
+                shown = contextlib.nullcontext()
             with shown, hub.token_left_out(self.args):  # a tracker may publish the arguments with the model
                 if event == "on_save":
                     return self._call_on_save(lambda: call_event(event, *args, **kwargs))
@@ -330,7 +331,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Here every process is, as the metrics need; `log` may be called by one of them only.
-        if self._switch is not None and self.control.should_log:
+        if self.control.should_log and self._switch is not None:
             self._progress = progress(self._switch, self.accelerator)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -1,9 +1,12 @@
 """What importing the package loads: next to nothing that the Trainer itself would not have loaded."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
+
+from hf_schedulefree.collector import full_collections_postponed
 
 # What the package depends on anyway. Everything else has to be loaded by what needs it, when it needs it.
 ITS_OWN = set("hf_schedulefree accelerate huggingface_hub numpy safetensors torch transformers xxhash".split())
@@ -54,3 +57,33 @@ def test_exports_are_found_where_they_always_were():
     assert Contents is export.Contents
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = checkpoint.no_such_name
+
+
+COUNT_FULL_COLLECTIONS = """
+import gc, sys
+full = []
+gc.callbacks.append(lambda phase, info: full.append(phase) if phase == "start" and info["generation"] == 2 else None)
+gc.set_threshold(600, 9, 8)
+"""
+
+
+def test_at_most_one_full_collection_when_the_package_is_imported():
+    code = f"{COUNT_FULL_COLLECTIONS}import hf_schedulefree\nprint(len(full), gc.get_threshold(), gc.isenabled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # The one may come when the thresholds are back; of Python's own accord there would be seven.
+    assert done.stdout.splitlines()[-1] in ("0 (600, 9, 8) True", "1 (600, 9, 8) True")
+
+
+@pytest.mark.parametrize("newest", [0, 700, 50_000])
+def test_the_thresholds_come_back(newest):
+    former = gc.get_threshold()
+    try:
+        gc.set_threshold(newest, 7, 5)
+        with pytest.raises(KeyError), full_collections_postponed():
+            within = gc.get_threshold()
+            raise KeyError
+        assert gc.get_threshold() == (newest, 7, 5)
+        assert within[0] >= newest and within[2] > 10**6
+        assert bool(within[0]) == bool(newest)  # a collector that was switched off stays so
+    finally:
+        gc.set_threshold(*former)
