@@ -62,6 +62,7 @@ class FromThreads:
     """The content of a tensor of bytes; notes which threads read it, and can go wrong in one of them."""
 
     device = torch.device("cpu")
+    by_caller_alone = True
 
     def __init__(self, error=None, in_helper=True):
         self.threads, self.error, self.in_helper = [], error, in_helper
@@ -98,7 +99,8 @@ def test_two_threads_write_a_file(tmp_path, two_threads):
 
 
 @pytest.mark.parametrize(
-    "alone", ["made in turn", "one processor", "no thread to be had", "small", "on another device"]
+    "alone",
+    ["made in turn", "one processor", "no thread to be had", "small", "on another device", "in torch's threads"],
 )
 def test_where_one_thread_writes_a_file(alone, tmp_path, two_threads, monkeypatch):
     content = FromThreads()
@@ -111,6 +113,8 @@ def test_where_one_thread_writes_a_file(alone, tmp_path, two_threads, monkeypatc
         monkeypatch.setattr(writing, "_WORTH_A_THREAD", 2**20)
     elif alone == "on another device":
         content.device = torch.device("meta")
+    elif alone == "in torch's threads":
+        content.by_caller_alone = False
     started = []
 
     def refuse(thread):

@@ -19,7 +19,7 @@ from hf_schedulefree.checkpoint.files import TORCH_DTYPES
 
 # Bytes of a file that are computed and written at once: they stay in the processor's cache in between. A file is cut at
 # multiples of it, as the system takes much longer over a part of a page than over a whole one.
-_PIECE_BYTES = 2**19
+_PIECE_BYTES = 2**20
 
 # Bytes of a file that are worth a second thread.
 _WORTH_A_THREAD = 2**22
@@ -29,9 +29,15 @@ _CANNOT_RESERVE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, 
 
 
 class Pieces(Protocol):
-    """The content of a tensor that is computed while it is written."""
+    """The content of a tensor that is computed while it is written.
+
+    Attributes:
+        device: where it is computed.
+        by_caller_alone: whether no other threads work for the one that reads; two may then read at once.
+    """
 
     device: torch.device
+    by_caller_alone: bool
 
     def read(self, first: int, into: Tensor) -> None:
         """Put the elements from `first` on (in row-major order) into `into`: flat, on CPU, in the tensor's dtype."""
@@ -105,7 +111,7 @@ class _FileContent:
         """Where each piece starts. Two threads may share it: each piece goes to one of them."""
         return iter(range(0, self.size, _PIECE_BYTES))
 
-    def read(self, start: int, buffer: Tensor) -> memoryview:
+    def read(self, start: int, buffer: Tensor, bytes_in_buffer: memoryview) -> memoryview:
         """The piece that starts at a place: as it lies in memory, or else put together in `buffer`."""
         end = min(start + _PIECE_BYTES, self.size)
         index = bisect.bisect_right(self._starts, start) - 1
@@ -117,20 +123,24 @@ class _FileContent:
         while place < end:
             until = min(end, self._starts[index + 1])
             if place < until:  # it has elements
-                self._put(index, place, buffer[place - start : until - start])
+                in_memory = self._in_memory(index, place, until)
+                if in_memory is not None:  # not by torch, which would have its threads help with it
+                    bytes_in_buffer[place - start : until - start] = in_memory
+                else:
+                    self._put(index, place, buffer[place - start : until - start])
             place, index = until, index + 1
-        return bytes_of(buffer[: end - start])
+        return bytes_in_buffer[: end - start]
 
     def _in_memory(self, index: int, start: int, end: int) -> memoryview | None:
-        content, first, width = self._at(index), self._starts[index], self._dtypes[index].itemsize
-        if not isinstance(content, Tensor) or content.device.type != "cpu":
+        content = self._at(index)
+        if not isinstance(content, Tensor) or not content.is_cpu:
             return None
+        first, width = self._starts[index], self._dtypes[index].itemsize
         return bytes_of(content[(start - first) // width : (end - first) // width])
 
     def _put(self, index: int, start: int, into: Tensor) -> None:
-        dtype = self._dtypes[index]
+        dtype, content = self._dtypes[index], self._at(index)
         first, elements = (start - self._starts[index]) // dtype.itemsize, into.view(dtype)
-        content = self._at(index)
         if isinstance(content, Tensor):
             elements.copy_(content[first : first + elements.numel()])
         else:
@@ -151,7 +161,14 @@ class _FileContent:
 def _can_help(contents: Iterable[Tensor | Pieces]) -> bool:
     """Whether a second thread may read these, and has a processor to run on."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return processors > 1 and hasattr(os, "pwrite") and all(content.device.type == "cpu" for content in contents)
+    return (
+        processors > 1
+        and hasattr(os, "pwrite")
+        and all(
+            content.device.type == "cpu" and (isinstance(content, Tensor) or content.by_caller_alone)
+            for content in contents
+        )
+    )
 
 
 def _write_with_help(descriptor: int, content: _FileContent) -> None:
@@ -204,8 +221,9 @@ def _write(descriptor: int, content: _FileContent, pieces: Iterator[int]) -> Non
     pinned = torch.cuda.is_initialized()  # a device copies faster into memory that stays in its place
     try:
         buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        bytes_in_buffer = bytes_of(buffer)
         for start in pieces:
-            write_at(descriptor, content.read(start, buffer), start)
+            write_at(descriptor, content.read(start, buffer, bytes_in_buffer), start)
     finally:
         _leave(pieces)  # after an error
 

@@ -19,6 +19,10 @@ class AveragedPieces:
         beta: the interpolation factor between z (0) and x (1).
         one_pass: whether the one-pass kernel may be used; the bits are the same.
 
+    Attributes:
+        device: of the parameter.
+        by_caller_alone: whether the one-pass kernel computes it. torch's operations have other threads help.
+
     Raises:
         ValueError: y and z do not lie in memory as one row of elements each, in one order.
     """
@@ -32,18 +36,20 @@ class AveragedPieces:
         self._state = {name: t.detach().view(-1) for name, t in stored.items()}
         self._beta = beta
         compilable = one_pass and switching.compilable(p, {**state, "y": p}) is not None
-        self._kernel = kernels.switch_kernel() if compilable else None
+        kernel = kernels.switch_kernel() if compilable else None
+        self._one_pass = (
+            None if kernel is None else kernel.x_in_parts(self._y, self._state["z"], beta, self._state.get(Y_LOW))
+        )
+        self.by_caller_alone = self._one_pass is not None
 
-    @torch.no_grad()
     def read(self, first: int, into: Tensor) -> None:
         """Put the elements from `first` on (in row-major order) into `into`: flat, on CPU, in the parameter's dtype."""
+        if self._one_pass is not None:
+            self._one_pass(first, into)
+            return
         part = slice(first, first + into.numel())
         y, state = self._y[part], {name: t[part] for name, t in self._state.items()}
-        if self._kernel is not None:
-            low = ([state[Y_LOW]],) if Y_LOW in state else ()
-            # Bound by memory, and waiting for other threads would cost more than a piece does.
-            self._kernel.show_x_([into], [y], [state["z"]], self._beta, *low, one_thread=True)
-        else:
+        with torch.no_grad():
             into.copy_(averaging.x_from_y(precision.wide(y, state), state["z"], self._beta).to(into.dtype))
 
 

@@ -7,6 +7,7 @@ A worker's closure must hold plain values only. With a compiled function among t
 match: it would compile anew, and write another file, in each process.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -131,12 +132,11 @@ class Job:
         elements: what the rows stand for.
         numbers: how many plain numbers a run is given.
         at_once: how many rows a thread takes at a time.
-        one_thread: always work in the calling thread.
     """
 
-    def __init__(self, table: np.ndarray, elements: int, numbers: int, *, at_once: int = 1, one_thread: bool = False):
+    def __init__(self, table: np.ndarray, elements: int, numbers: int, *, at_once: int = 1):
         self.table = table
-        self._elements, self._at_once, self._one_thread = elements, at_once, one_thread
+        self._elements, self._at_once = elements, at_once
         self._numbers = np.empty(numbers, np.float64)
         self._slots = np.empty(_SLOTS, np.int64)
         self._places = table.ctypes.data, self._numbers.ctypes.data
@@ -154,8 +154,7 @@ class Job:
         Returns:
             What the workers have counted.
         """
-        most = 1 if self._one_thread else self._elements // _ELEMENTS_PER_THREAD
-        count = max(1, min(torch.get_num_threads(), most))
+        count = max(1, min(torch.get_num_threads(), self._elements // _ELEMENTS_PER_THREAD))
         rows = len(self.table)
         self._numbers[:] = numbers
         self._slots[:] = (0, rows, self._at_once if count > 1 else rows, *self._places, counted, extra)
@@ -176,6 +175,20 @@ class Column:
         if addresses != self._shown:
             self._job.table[:, self._index] = self._blocks.addresses(tensors)
             self._shown = addresses
+
+
+def run_row(work: "threads.Work", row: tuple[int, ...], number: float) -> None:
+    """Do what a `Job` of one row and one plain number would, in the calling thread, and in 2 us besides.
+
+    Python lets no other thread work meanwhile: so that matters where two threads have many small ones to do.
+    """
+    job = (ctypes.c_int64 * (_SLOTS + 1 + len(row)))()
+    place = ctypes.addressof(job)
+    job[_ROWS] = job[_AT_ONCE] = 1
+    job[_NUMBERS], job[_TABLE] = place + 8 * _SLOTS, place + 8 * (_SLOTS + 1)
+    ctypes.c_double.from_address(job[_NUMBERS]).value = number
+    job[_SLOTS + 1 :] = row
+    threads.run(work, place, 1)
 
 
 # Arithmetic in 32 bits. numba's own operators widen to 64, and a loop then takes half as many elements at a time.

@@ -4,7 +4,7 @@ Strict IEEE as in `one_pass_cpu`: subtraction, product and sum are rounded one b
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -82,15 +82,30 @@ def show_x_(
     z: Sequence[Tensor],
     beta: float,
     y_low: Sequence[Tensor] = (),
-    *,
-    one_thread: bool = False,
 ) -> None:
     """Write x into `p`; contiguous CPU tensors of one dtype (float32, float64 or bfloat16).
 
     bfloat16 may have `y_low` (see `precision`), and z in float32.
     """
-    _run(p, y, z, beta, y_low, compares=False, one_thread=one_thread)
+    _run(p, y, z, beta, y_low, compares=False)
     torch.autograd.graph.increment_version(p)
+
+
+def x_in_parts(y: Tensor, z: Tensor, beta: float, y_low: Tensor | None = None) -> Callable[[int, Tensor], None]:
+    """What writes x, from any element on, into another tensor: in the calling thread, in few microseconds besides.
+
+    Tensors as for `show_x_`; they must not be freed before it is.
+    """
+    work = _worker(y.dtype, False, y_low is not None, z.dtype != y.dtype)
+    low = y if y_low is None else y_low
+    (y_at, y_size), (z_at, z_size), (low_at, low_size) = ((t.data_ptr(), t.element_size()) for t in (y, z, low))
+    weight = 1 - 1 / beta
+
+    def write(first: int, into: Tensor) -> None:
+        places = into.data_ptr(), y_at + y_size * first, z_at + z_size * first, low_at + low_size * first
+        compiled.run_row(work, (*places, into.numel()), weight)
+
+    return write
 
 
 def holds_x(
@@ -108,10 +123,7 @@ def _run(
     y_low: Sequence[Tensor],
     *,
     compares: bool,
-    one_thread: bool = False,
 ) -> int:
-    sizes = [tensor.numel() for tensor in p]
-    blocks = compiled.Blocks(sizes, max(1, *sizes) if one_thread else compiled.BLOCK)
-    job = blocks.job((p, y, z, y_low or y), 1, one_thread=one_thread)
+    job = compiled.Blocks([tensor.numel() for tensor in p]).job((p, y, z, y_low or y), 1)
     dtype = p[0].dtype
     return job.run(_worker(dtype, compares, bool(y_low), z[0].dtype != dtype), (1 - 1 / beta,))
