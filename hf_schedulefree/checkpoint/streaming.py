@@ -207,7 +207,10 @@ def _first(own: _Range) -> int:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses of a tensor's memory."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.is_contiguous():
+        span = tensor.numel()
+    else:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first = tensor.data_ptr()
     return first, first + span * tensor.element_size()
 
