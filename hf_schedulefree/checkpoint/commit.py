@@ -104,12 +104,12 @@ def commit_checkpoint(
     folder = Path(folder)
     if facts is None:
         facts = _facts_found_in(folder)
+    paths = files_in(folder)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        # Syncing waits for the disk and hashing for the processor: both at once.
-        paths = files_in(folder)
-        synced = [pool.submit(sync, path) for path in paths.values()]
-        checksums = {name: pool.submit(file_checksum, path) for name, path in paths.items()}
-        files = {name: (path.stat().st_size, checksums[name].result()) for name, path in paths.items()}
+        # Syncing waits for the disk and hashing for the processor: both at once, and first what takes the disk longest.
+        synced = [pool.submit(sync, paths[name]) for name in sorted(sizes, key=sizes.get, reverse=True)]
+        files = {name: (sizes[name], file_checksum(path)) for name, path in paths.items()}
         for result in synced:
             result.result()
     for directory in {path.parent for path in paths.values()} - {folder}:
