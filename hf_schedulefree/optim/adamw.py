@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import directions
+from hf_schedulefree.optim import directions, pages
 from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
 from hf_schedulefree.optim.kernels import Implementation
@@ -85,7 +84,7 @@ class AdamWScheduleFree(ScheduleFreeOptimizer):
         return group["betas"][0]
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        return {"exp_avg_sq": pages.zeros_like(p)}
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return directions.adaptive(group["betas"][1], group["eps"], group["k"])

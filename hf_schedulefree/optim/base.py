@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hf_schedulefree.optim import (
     capturable,
     conversion,
     kernels,
+    pages,
     pieces,
     precision,
     precision_step,
@@ -138,11 +139,11 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if "z" not in state:
-            state["z"] = p.detach().clone(memory_format=torch.preserve_format)
+            state["z"] = pages.copy_of(p)
             state.update(self._new_state(p))
             conversion.convert(p, state, self._storage(group, p))
             if group["train_mode"] is False:
-                state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                state["y"] = pages.copy_of(p)
                 group["parked_k"] = int(group["k"])
         return state
 
@@ -150,12 +151,10 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         """How the state of a half-precision parameter is kept; None if simply in the parameter's dtype."""
         return precision.storage_for(p.dtype, group["state_precision"])
 
-    def _started(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _started(self, group: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The parameters of a group that have had a gradient, with their state (reading creates none)."""
-        for p in group["params"]:
-            state = self.state.get(p)
-            if state and "z" in state:
-                yield p, state
+        known = self.state.get
+        return [(p, state) for p in group["params"] if (state := known(p)) and "z" in state]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, precision, sharding
+from hf_schedulefree.optim import averaging, pages, precision, sharding
 from hf_schedulefree.optim.precision import Y_LOW, Storage
 
 
@@ -46,7 +46,7 @@ def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> lis
         del state[Y_LOW]
         changes.append(f"{Y_LOW} dropped")
     elif keeps_low and (not has_low or parked is not None):
-        state[Y_LOW] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+        state[Y_LOW] = pages.zeros_like(p, torch.int16)
         changes.append(f"{Y_LOW} {'renewed' if has_low else 'added'}")
     for name, kept in list(state.items()):
         if not (isinstance(kept, Tensor) and kept.is_floating_point()):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, capturable, kernels, pieces, precision, sharding, switching
+from hf_schedulefree.optim import averaging, capturable, kernels, pages, pieces, precision, sharding, switching
 from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.switching import Park, Residuals
@@ -50,14 +50,14 @@ class Modes:
             if group["train_mode"] is False:
                 continue
             group["train_mode"] = None
-            beta, started = self._beta(group), list(self._started(group))
+            beta, started = self._beta(group), self._started(group)
             if self._one_pass and self.park != "copy":
                 self._residuals.park(group, started, beta)
             parked = self._residuals.params(group)
             copied = [(p, state) for p, state in started if p not in parked]
             for p, state in copied:
                 if "y" not in state:
-                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                    state["y"] = pages.copy_of(p)
             switching.show_x(copied, beta, one_pass=self._one_pass)
             group["parked_k"] = int(group["k"])
             group["train_mode"] = False
@@ -82,17 +82,18 @@ class Modes:
         for group in self.param_groups:
             if group["train_mode"] is True:
                 continue
+            started = self._started(group)
             if group["train_mode"] is False:
-                for p, state in self._started(group):
+                for p, state in started:
                     if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
-                        state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                        state["y"] = pages.copy_of(p)
                         y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
                         precision.store_y(y, state["y"], state)
             group["train_mode"] = None
-            for p, state in self._started(group):
+            for p, state in started:
                 if "y" in state:
                     p.copy_(state["y"])
-            for _, state in self._started(group):
+            for _, state in started:
                 state.pop("y", None)
             self._residuals.forget(group)
             group["parked_k"] = NOT_PARKED

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, directions
+from hf_schedulefree.optim import averaging, directions, pages
 from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.directions import Direction
@@ -101,7 +100,7 @@ class RAdamScheduleFree(ScheduleFreeOptimizer):
         return factor if group["silent_sgd_phase"] else factor + (factor == 0)
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        return {"exp_avg_sq": pages.zeros_like(p)}
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         beta2 = group["betas"][1]

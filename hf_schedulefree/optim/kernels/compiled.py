@@ -28,8 +28,10 @@ _SLOTS = 7
 # Elements that pay for waking one more thread.
 _ELEMENTS_PER_THREAD = 2**14
 
-# Most elements of a block, unless a kernel has reasons for another number: some microseconds of work.
-BLOCK = 2**14
+# Elements of a block, unless a kernel has reasons for another number: long enough for what the memory does ahead of the
+# reader, and short enough that all threads end at about the same time.
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 2**13, 2**16
+_BLOCKS_PER_THREAD = 8
 
 
 class Blocks:
@@ -37,11 +39,14 @@ class Blocks:
 
     Args:
         sizes: the elements of each tensor.
-        largest: most elements of a block.
+        largest: most elements of a block; None: what suits torch's number of threads.
     """
 
-    def __init__(self, sizes: Sequence[int], largest: int = BLOCK):
+    def __init__(self, sizes: Sequence[int], largest: int | None = None):
         in_all = np.array(sizes, np.int64)
+        if largest is None:
+            share = int(in_all.sum()) // (torch.get_num_threads() * _BLOCKS_PER_THREAD)
+            largest = min(max(share, _SMALLEST_BLOCK), _LARGEST_BLOCK)
         counts = -(-in_all // largest)
         self._owner = np.repeat(np.arange(len(in_all)), counts)
         index = np.arange(len(self._owner)) - self.of(np.cumsum(counts) - counts)
