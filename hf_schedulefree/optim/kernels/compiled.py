@@ -46,7 +46,7 @@ class Blocks:
         in_all = np.array(sizes, np.int64)
         if largest is None:
             share = int(in_all.sum()) // (torch.get_num_threads() * _BLOCKS_PER_THREAD)
-            largest = min(max(share, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+            largest = min(max(share // _SMALLEST_BLOCK, 1) * _SMALLEST_BLOCK, _LARGEST_BLOCK)
         counts = -(-in_all // largest)
         self._owner = np.repeat(np.arange(len(in_all)), counts)
         index = np.arange(len(self._owner)) - self.of(np.cumsum(counts) - counts)
