@@ -136,7 +136,7 @@ class Job:
         table: int64, C-contiguous; its owner may write to it between two runs.
         elements: what the rows stand for.
         numbers: how many plain numbers a run is given.
-        at_once: how many rows a thread takes at a time.
+        at_once: how many rows a thread takes at a time, if there are enough.
     """
 
     def __init__(self, table: np.ndarray, elements: int, numbers: int, *, at_once: int = 1):
@@ -162,7 +162,8 @@ class Job:
         count = max(1, min(torch.get_num_threads(), self._elements // _ELEMENTS_PER_THREAD))
         rows = len(self.table)
         self._numbers[:] = numbers
-        self._slots[:] = (0, rows, self._at_once if count > 1 else rows, *self._places, counted, extra)
+        at_once = rows if count == 1 else min(self._at_once, max(1, rows // (count * _BLOCKS_PER_THREAD)))
+        self._slots[:] = (0, rows, at_once, *self._places, counted, extra)
         threads.run(work, self._argument, count)
         return int(self._slots[_COUNTED])
 

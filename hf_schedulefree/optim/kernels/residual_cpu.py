@@ -25,8 +25,8 @@ DTYPES = (torch.float32, torch.float64)
 
 _BLOCK = 2**11  # small enough for a core's first cache: p, z and the residual
 
-# Blocks that a thread takes at a time.
-_BLOCKS_AT_ONCE = 8
+# Most blocks that a thread takes at a time.
+_BLOCKS_AT_ONCE = 64
 
 # Residuals are allocated in pieces, which the C library takes from memory that was freed (by gradients, say). A larger
 # one would come from the system, page by page.
