@@ -104,7 +104,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         self.park = park
         self._residuals = Residuals()
         self._parts = GroupParts()
-        self._repeated: dict[int, RepeatedStep | None] = {}  # by id of the group
+        # By id of the group and of its first parameter: DeepSpeed shows parts of groups, one after the other.
+        self._repeated: dict[tuple[int, int], RepeatedStep | None] = {}
         check_options(type(self).__name__, options)
         super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, "parked_k": NOT_PARKED})
 
@@ -276,13 +277,14 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             first,
             len(group["params"]),
         )
-        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(id(group))
+        key = id(group), id(group["params"][0])
+        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(key)
         if repeated is not None and tensors is not None and repeated.fits(tensors, choices):
             repeated(tensors, numbers)
         else:
             self._step_rows(group, first, numbers)
             tensors = GroupTensors.of(group["params"], self.state)
-            self._repeated[id(group)] = tensors and RepeatedStep.of(
+            self._repeated[key] = tensors and RepeatedStep.of(
                 tensors, choices, group["params"], compiled=self._one_pass
             )
         capturable.set_counter(group, "k", group["k"] + 1)
