@@ -32,7 +32,7 @@ class Run:
     def step(self, *, without=()):
         torch.manual_seed(100 + self.count)
         for i, p in enumerate([*self.params, self.extra]):
-            p.grad = None if i in without else torch.randn_like(p)
+            p.grad = None if i in without else torch.randn(p.shape).to(p.dtype)
         self.optimizer.step()
         self.count += 1
 
@@ -65,6 +65,13 @@ def other_state(run):
     state = run.optimizer.state[run.params[1]]
     for key, t in state.items():
         state[key] = (t.float() + 1).to(t.dtype)
+
+
+def other_strides(run):
+    """Other objects at the same addresses."""
+    state = run.optimizer.state[run.params[0]]
+    for key, t in state.items():
+        state[key] = torch.as_strided(t, (33, 3), (1, 33))
 
 
 def other_states(run):
@@ -109,8 +116,8 @@ def frozen_for_good(run):
 
 
 EVENTS = (
-    *(nothing, moved_parameter, transposed_parameter, moved_state, other_state, other_states, lost_state, loaded),
-    *(switched, restarted, more_parameters, one_by_one, other_seed, frozen_for_good),
+    *(nothing, moved_parameter, transposed_parameter, moved_state, other_state, other_strides, other_states),
+    *(lost_state, loaded, switched, restarted, more_parameters, one_by_one, other_seed, frozen_for_good),
 )
 KINDS = [
     pytest.param("adamw", torch.float32, {}, id="float32"),
