@@ -105,6 +105,15 @@ def test_one_step(step, kind, weight_decay, dtype):
     run_and_compare(step, *tensors(SHAPES, dtype), numbers_for(kind, weight_decay))
 
 
+@pytest.mark.parametrize("elements", [1, 50, 64 * 33, 10**6])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_torchs_operations_take_each_element_once(kind, elements, monkeypatch):
+    """They go through the tensors part by part, as much at a time as a cache holds."""
+    monkeypatch.setattr(torch_ops, "_CACHED_ELEMENTS", elements)
+    shapes = SHAPES if elements > 1 else [(3,), (), (0,), (2, 2)]
+    run_and_compare(torch_ops.fused_, *tensors(shapes, torch.float32), numbers_for(kind, 0.1))
+
+
 @backends(*BACKENDS)
 @pytest.mark.parametrize("changes", [{"c": 1.0}, {"c": 0.0}, {"lr": 0.0}, {"beta": 0.98}, {"beta": 0.3}], ids=str)
 def test_one_step_at_the_ends_of_the_ranges(step, changes):
