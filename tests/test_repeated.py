@@ -250,3 +250,20 @@ def test_state_that_was_moved_elsewhere_is_freed():
     del t
     gc.collect()
     assert not any(tensor() is not None for tensor in gone)
+
+
+def test_parameters_that_a_group_shows_no_longer_are_freed():
+    """DeepSpeed puts others into the same group, step by step."""
+    optimizer = AdamWScheduleFree([nn.Parameter(torch.zeros(10))])
+    optimizer.train()
+    gone = []
+    for _ in range(4):
+        p = nn.Parameter(torch.zeros(10))
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = [p]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        gone.append(weakref.ref(p))
+    del p
+    gc.collect()
+    assert [tensor() is None for tensor in gone] == [True] * 3 + [False]

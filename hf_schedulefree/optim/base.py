@@ -104,8 +104,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         self.park = park
         self._residuals = Residuals()
         self._parts = GroupParts()
-        # By id of the group and of its first parameter: DeepSpeed shows parts of groups, one after the other.
-        self._repeated: dict[tuple[int, int], RepeatedStep | None] = {}
+        # By id of the group; one for each, as it keeps the parameters alive: DeepSpeed shows others in turn.
+        self._repeated: dict[int, RepeatedStep | None] = {}
         check_options(type(self).__name__, options)
         super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, "parked_k": NOT_PARKED})
 
@@ -277,14 +277,13 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             first,
             len(group["params"]),
         )
-        key = id(group), id(group["params"][0])
-        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(key)
+        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(id(group))
         if repeated is not None and tensors is not None and repeated.fits(tensors, choices):
             repeated(tensors, numbers)
         else:
             self._step_rows(group, first, numbers)
             tensors = GroupTensors.of(group["params"], self.state)
-            self._repeated[key] = tensors and RepeatedStep.of(
+            self._repeated[id(group)] = tensors and RepeatedStep.of(
                 tensors, choices, group["params"], compiled=self._one_pass
             )
         capturable.set_counter(group, "k", group["k"] + 1)
