@@ -30,7 +30,8 @@ ROOMS = {
     "deepspeed": ["hf_schedulefree.weights"],
     "safetensors": ["hf_schedulefree.checkpoint"],
     "triton": ["hf_schedulefree.optim.kernels"],
-    "numba": ["hf_schedulefree.optim.kernels"],
+    "numba": ["hf_schedulefree.optim.kernels.sources"],
+    "llvmlite": ["hf_schedulefree.optim.kernels.sources"],
     "schedulefree": [],
     "pytorch_optimizer": [],
     "trl": [],
@@ -94,7 +95,7 @@ def test_each_library_in_its_room(module):
 
 
 def test_the_optimizers_know_torch_only():
-    allowed = {"torch", "hf_schedulefree", "numba", "numpy", "triton", *sys.stdlib_module_names}
+    allowed = {"torch", "hf_schedulefree", "llvmlite", "numba", "numpy", "triton", *sys.stdlib_module_names}
     for module in MODULES:
         if within(module, ["hf_schedulefree.optim"]):
             assert {name.partition(".")[0] for name in imports(module)} <= allowed, module

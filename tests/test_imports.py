@@ -19,7 +19,7 @@ LOADED_WHEN_NEEDED = {
     "hf_schedulefree.checkpoint.pickled",
     "hf_schedulefree.checkpoint.sharded",
     "hf_schedulefree.cli",
-    "hf_schedulefree.optim.kernels.compiled",
+    "hf_schedulefree.optim.kernels.jobs",
     "hf_schedulefree.optim.kernels.one_pass_triton",
     "hf_schedulefree.plotting",
     "torch.distributed.checkpoint.state_dict",

@@ -12,12 +12,12 @@ from hf_schedulefree.optim import AdamWScheduleFree, averaging, kernels
 
 pytest.importorskip("numba", reason="residuals need numba")
 
-from hf_schedulefree.optim.kernels import compiled, residual_cpu
+from hf_schedulefree.optim.kernels import jobs, residual_cpu
 from hf_schedulefree.optim.kernels.residual_cpu import ParkedResidual
 
 WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = pytest.mark.parametrize("dtype", residual_cpu.DTYPES, ids=str)
-BLOCK = residual_cpu._BLOCK
+BLOCK = residual_cpu.BLOCK
 
 
 def sequences(dtype, sizes=(1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3, 0, 300_001), seed=0):
@@ -125,7 +125,7 @@ def test_an_interrupted_switch_can_be_completed_in_both_directions(monkeypatch, 
     parked = ParkedResidual(p, z, 0.9)
     if first == "restore":
         parked.park()
-    run = compiled.Job.run
+    run = jobs.Job.run
 
     def interrupted(job, *args, **options):
         whole, job.table = job.table, job.table[:done]
@@ -136,7 +136,7 @@ def test_an_interrupted_switch_can_be_completed_in_both_directions(monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled.Job, "run", interrupted)
+        patch.setattr(jobs.Job, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             getattr(parked, first)()
     parked.park() if then == "park" else parked.restore()

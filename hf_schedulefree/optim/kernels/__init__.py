@@ -40,7 +40,8 @@ _ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.flo
 FUSED_DTYPES = (torch.float32, torch.float64)
 
 
-# numba takes 100 MiB and most of a second of each process, which is more than it saves where a step is short anyway.
+# The first process on a machine that needs a kernel compiles it, for some seconds: more than is saved where a step is
+# short anyway.
 COMPILED_FROM = 1_000_000
 
 
@@ -103,7 +104,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
 def one_pass_kernel(device_type: str) -> Kernel | None:
     """The kernel for a kind of device; None where there is none, or what compiles it is not installed."""
     if device_type == "cpu" and importlib.util.find_spec("numba") is not None:
-        with contextlib.suppress(ImportError):  # a numba that does not go with the installed numpy
+        if importlib.import_module(f"{__name__}.workers").available():
             return importlib.import_module(f"{__name__}.one_pass_cpu").prepare
     if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
         with contextlib.suppress(ImportError):

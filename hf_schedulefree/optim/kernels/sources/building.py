@@ -1,0 +1,65 @@
+"""Compiling a worker by numba, and taking its machine code."""
+
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+from numba import cfunc, types
+from numba.core.registry import cpu_target
+
+from hf_schedulefree.optim.kernels.machine_code import ENTRY, UnusableError
+from hf_schedulefree.optim.kernels.threads import Work
+
+_SIGNATURE = types.void(types.int64)
+_OPTIONS = {"nopython": True, "error_model": "numpy"}
+
+# numba's functions return a status; it is 0 here, as nothing raises (`object_code` makes sure).
+_ENTRY = """
+target triple = "{triple}"
+target datalayout = "{layout}"
+declare i32 @"{name}"(ptr, ptr, i64)
+define void @{entry}(i64 %job) {{
+  %result = alloca ptr
+  %error = alloca ptr
+  %status = call i32 @"{name}"(ptr %result, ptr %error, i64 %job)
+  ret void
+}}
+"""
+
+
+def by_numba(function: Callable[[int], None]) -> Work:
+    """A worker that needs numba in each process; it keeps its compilation on disk where that can be written to."""
+    try:
+        return cfunc(_SIGNATURE, cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # no folder to write the cache to: compiled anew in each process
+        return cfunc(_SIGNATURE, **_OPTIONS)(function)
+
+
+def object_code(function: Callable[[int], None]) -> bytes:
+    """A worker as an object that `machine_code` loads.
+
+    Raises:
+        UnusableError: numba has made something else than a function that cannot fail.
+    """
+    compiled = cfunc(_SIGNATURE, **_OPTIONS)(function)
+    module = llvm.parse_assembly(compiled.inspect_llvm())
+    inner = compiled.native_name.removeprefix("cfunc.")
+    bodies = [str(defined) for defined in module.functions if defined.name == inner]
+    if len(bodies) != 1 or any(line.split() != ["ret", "i32", "0"] for line in _returns(bodies[0])):
+        raise UnusableError("the compiled function may raise, or has another name")
+    entry = _ENTRY.format(triple=module.triple, layout=module.data_layout, name=inner, entry=ENTRY)
+    module.link_in(llvm.parse_assembly(entry))
+    for defined in (*module.functions, *module.global_variables):
+        if not defined.is_declaration and defined.name != ENTRY:
+            defined.linkage = "internal"
+    _, processor, features = cpu_target.target_context.codegen().magic_tuple()
+    target = llvm.Target.from_triple(module.triple).create_target_machine(
+        cpu=processor, features=features, opt=3, reloc="static", codemodel="large"
+    )
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()  # numba's wrapper for calls from Python, and what it refers to
+    passes.run(module, llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options()))
+    return target.emit_object(module)
+
+
+def _returns(body: str) -> list[str]:
+    return [line for line in body.splitlines() if line.split()[:1] == ["ret"]]

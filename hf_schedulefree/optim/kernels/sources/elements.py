@@ -1,0 +1,124 @@
+"""What all loops share: the job and its rows, arithmetic in 32 bits, bfloat16, how a number is extrapolated."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hf_schedulefree.optim.kernels.jobs import AT_ONCE, COUNTED, EXTRA, NEXT, NUMBERS, ROWS, SLOTS, TABLE
+
+
+@intrinsic
+def pointer(typing_context, address):
+    """An integer as a pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@intrinsic
+def _fetch_add(typing_context, address, amount):
+    """Add to the int64 at an address, as one operation among all threads; returns the former value."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], cgutils.intp_t.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def stack(typing_context, elements):
+    """The address of memory for so many elements (a constant) of 8 bytes, all 0, until the worker returns."""
+    if not isinstance(elements, types.IntegerLiteral):
+        return None
+
+    def generate(context, builder, signature, args):
+        place = cgutils.alloca_once(builder, cgutils.intp_t, size=elements.literal_value, zfill=True)
+        return builder.ptrtoint(place, cgutils.intp_t)
+
+    return types.int64(elements), generate
+
+
+@njit
+def rows_and_numbers(job, columns, numbers):
+    """The table (int64) and the plain numbers (float64) that a job was started with."""
+    slots = carray(pointer(job), SLOTS, np.int64)
+    table = carray(pointer(slots[TABLE]), (slots[ROWS], columns), np.int64)
+    return table, carray(pointer(slots[NUMBERS]), numbers, np.float64)
+
+
+@njit
+def take_rows(job):
+    """The next rows (first, last) for the calling thread; first = last when all are taken."""
+    slots = carray(pointer(job), SLOTS, np.int64)
+    first = min(_fetch_add(job + 8 * NEXT, slots[AT_ONCE]), slots[ROWS])
+    return first, min(first + slots[AT_ONCE], slots[ROWS])
+
+
+@njit
+def count(job, amount):
+    """Add to what the job counts; returns the former value."""
+    return _fetch_add(job + 8 * COUNTED, amount)
+
+
+@njit
+def extra(job):
+    """The address that the job was started with."""
+    return carray(pointer(job), SLOTS, np.int64)[EXTRA]
+
+
+# Arithmetic in 32 bits. numba's own operators widen to 64, and a loop then takes half as many elements at a time.
+
+
+def _in_32_bits(instruction: str) -> Callable:
+    @intrinsic
+    def operation(typing_context, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, instruction)(*args)
+
+        return types.uint32(types.uint32, types.uint32), generate
+
+    return operation
+
+
+add, subtract, multiply = _in_32_bits("add"), _in_32_bits("sub"), _in_32_bits("mul")
+both, either, merged = _in_32_bits("and_"), _in_32_bits("xor"), _in_32_bits("or_")
+shift_left, shift_right, shift_right_signed = _in_32_bits("shl"), _in_32_bits("lshr"), _in_32_bits("ashr")
+
+
+@njit(inline="always")
+def bfloat16_to_float32(bits):
+    return np.uint32(shift_left(bits, 16)).view(np.float32)
+
+
+@njit(inline="always")
+def float32_to_bfloat16(value):
+    """Rounded to nearest, ties to even; a NaN stays one."""
+    bits = np.float32(value).view(np.uint32)
+    rounded = shift_right(add(add(bits, 0x7FFF), both(shift_right(bits, 16), 1)), 16)
+    return np.uint16(rounded) if value == value else np.uint16(0x7FC0)
+
+
+@njit(inline="always")
+def joined(high, low):
+    """As `precision.join`: a bfloat16 and the 16 bits that are missing in it, both as they are stored."""
+    return np.uint32(add(shift_left(high, 16), subtract(either(low, 0x8000), 0x8000))).view(np.float32)
+
+
+@njit(inline="always")
+def extrapolated(start, end, weight):
+    """As `averaging`: x from (y, z) or y from (x, z)."""
+    return (end - start) * weight + start
+
+
+# The name of a dtype -> how numba sees its elements, and the type that is computed with.
+TYPES = {
+    "float32": (np.float32, np.float32),
+    "float64": (np.float64, np.float64),
+    "bfloat16": (np.uint16, np.float32),
+}

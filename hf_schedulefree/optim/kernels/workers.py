@@ -1,0 +1,142 @@
+"""The compiled workers of the CPU kernels: taken from disk where they were compiled before, else compiled by numba.
+
+Compiling takes some seconds, once per machine (and version of this package, of numba, and of the processor). What comes
+out is kept as machine code, which later processes load without numba: it would take 100 MiB and a third of a second of
+each of them. The files lie in NUMBA_CACHE_DIR if that is set; else beside this package in `__pycache__`, or, where that
+cannot be written to, in the user's folder for caches. Where no code can be loaded that way (see `machine_code`), numba
+is asked in each process, which keeps a cache of its own.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_schedulefree.optim.kernels import machine_code
+from hf_schedulefree.optim.kernels.threads import Work
+
+_OPTIMIZERS = Path(__file__).parents[1]
+_SOURCES = f"{__package__}.sources"
+_NOT_FOR_COMPILING = ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class _Loaded(NamedTuple):
+    address: int
+
+
+def available() -> bool:
+    """Whether `worker` will work; numba must be installed, and go with the installed numpy."""
+    if machine_code.AVAILABLE and any(path.suffix == ".o" for folder in _folders() for path in _listed(folder)):
+        return True
+    with contextlib.suppress(ImportError):
+        return bool(importlib.import_module(f"{_SOURCES}.building"))
+    return False
+
+
+@functools.cache
+def worker(name: str, *options: str | int) -> Work:
+    """A worker of the module `sources`.
+
+    Args:
+        name: module and function there, as in "step.step".
+        options: what the function takes.
+    """
+    if machine_code.AVAILABLE:
+        file = "-".join((name, *map(str, options))) + ".o"
+        for folder in _folders():
+            with contextlib.suppress(OSError, machine_code.UnusableError):
+                return _Loaded(machine_code.load(_read(folder / file)))
+    building = importlib.import_module(f"{_SOURCES}.building")
+    module, _, function = name.rpartition(".")
+    source = getattr(importlib.import_module(f"{_SOURCES}.{module}"), function)(*options)
+    if machine_code.AVAILABLE:
+        with contextlib.suppress(machine_code.UnusableError):
+            code = building.object_code(source)
+            loaded = _Loaded(machine_code.load(code))
+            _keep(file, code)
+            return loaded
+    return building.by_numba(source)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As `sources` has it: "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        owner, content = os.fstat(stream.fileno()).st_uid, stream.read()
+    code = content[_DIGEST_SIZE:]
+    if hashlib.sha256(code).digest() != content[:_DIGEST_SIZE]:
+        raise OSError(f"{path} is damaged")
+    if owner not in (os.getuid(), _OPTIMIZERS.stat().st_uid):
+        raise OSError(f"{path} was written by another user")
+    return code
+
+
+def _keep(file: str, code: bytes) -> None:
+    """Write it to the first folder that takes it; a process that reads meanwhile sees all of it or nothing."""
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=folder)
+            try:
+                with open(handle, "wb") as stream:
+                    stream.write(hashlib.sha256(code).digest() + code)
+                os.replace(aside, folder / file)
+            except BaseException:
+                os.unlink(aside)
+                raise
+            return
+
+
+def _folders() -> Iterator[Path]:
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    for root in [chosen] if chosen else [Path(__file__).parent / "__pycache__", Path(caches, "hf_schedulefree")]:
+        with contextlib.suppress(RuntimeError, OSError):  # no home; nothing to tell versions apart by
+            yield Path(root).expanduser() / f"workers-{_fingerprint()}"
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of all that the machine code depends on: the sources, what compiles them and how, and the processor."""
+    parts = [path.read_bytes() for path in sorted(_OPTIMIZERS.rglob("*.py"))]
+    if not parts:
+        raise OSError("the sources of this package are not at hand as files")
+    parts += [_version(name).encode() for name in ("numba", "llvmlite", "numpy")]
+    settings = sorted(name for name in os.environ if name.startswith("NUMBA_") and name not in _NOT_FOR_COMPILING)
+    parts += [f"{name}={os.environ[name]}".encode() for name in settings]
+    parts.append(_processor())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # found, but not installed by the usual tools
+        return importlib.import_module(name).__version__
+
+
+def _processor() -> bytes:
+    """Which one it is, and what it can do."""
+    with open("/proc/cpuinfo", "rb") as stream:
+        first, _, _ = stream.read(2**14).partition(b"\n\n")
+    wanted = (b"vendor_id", b"cpu family", b"model", b"model name", b"stepping", b"flags")
+    return b"\n".join(line for line in first.splitlines() if line.split(b"\t")[0].strip() in wanted)
