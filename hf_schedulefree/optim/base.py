@@ -13,6 +13,7 @@ from hf_schedulefree.optim import (
     averaging,
     capturable,
     conversion,
+    hooks,
     kernels,
     pages,
     pieces,
@@ -80,6 +81,9 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     # Inside `state_dicts_at_x`.
     _state_dicts_at_x = False
+
+    # What torch wraps the `step` of a class in.
+    profile_hook_step = staticmethod(hooks.profile_hook_step)
 
     def __init__(
         self,
