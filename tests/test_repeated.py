@@ -9,12 +9,12 @@ import torch
 from cases import CASES
 from torch import nn
 
-from hf_schedulefree.optim import AdamWScheduleFree, base, kernels
+from hf_schedulefree.optim import AdamWScheduleFree, base, kernels, repeated
 from hf_schedulefree.optim.repeated import RepeatedStep
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
 
-SHAPES = [(33, 3), (7,), (), (20_000,), (0,), (5, 4)]
+SHAPES = [(33, 3), (7,), (), (20_000,), (0,), (5, 4), (6, 6), (6, 6)]
 
 
 class Run:
@@ -74,8 +74,50 @@ def other_strides(run):
         state[key] = torch.as_strided(t, (33, 3), (1, 33))
 
 
+def transposed_state(run):
+    """The same objects, addresses and sizes."""
+    for t in run.optimizer.state[run.params[6]].values():
+        t.t_()
+
+
+def transposed_z(run):
+    z = run.optimizer.state[run.params[6]]["z"]
+    z.data = z.data.t()
+
+
 def other_states(run):
     run.optimizer.state[run.params[1]] = {key: t + 1 for key, t in run.optimizer.state[run.params[1]].items()}
+
+
+def swapped_states(run):
+    state, (*_, a, b) = run.optimizer.state, run.params
+    state[a], state[b] = state[b], state[a]
+
+
+def swapped_keys(run):
+    """The states in the same order, but for other parameters."""
+    state = run.optimizer.state
+    (*keys, a, b), values = state.keys(), list(state.values())
+    state.clear()
+    state.update(zip([*keys, b, a], values, strict=True))
+
+
+def reordered_states(run):
+    state = run.optimizer.state
+    items = list(state.items())
+    state.clear()
+    state.update(reversed(items))
+
+
+def reordered_parameters(run):
+    run.optimizer.param_groups[1]["params"].reverse()
+
+
+def replaced_parameter(run):
+    """Another object at the same address."""
+    p = run.params[1]
+    run.params[1] = run.optimizer.param_groups[0]["params"][1] = nn.Parameter(p.detach())
+    run.optimizer.state[run.params[1]] = run.optimizer.state.pop(p)
 
 
 def lost_state(run):
@@ -117,6 +159,8 @@ def frozen_for_good(run):
 
 EVENTS = (
     *(nothing, moved_parameter, transposed_parameter, moved_state, other_state, other_strides, other_states),
+    *(transposed_state, transposed_z, swapped_states, swapped_keys, reordered_states, reordered_parameters),
+    replaced_parameter,
     *(lost_state, loaded, switched, restarted, more_parameters, one_by_one, other_seed, frozen_for_good),
 )
 KINDS = [
@@ -185,10 +229,98 @@ def test_the_second_step_repeats_the_first(rows):
     assert len(rows) == 4
 
 
+@pytest.fixture(params=["torch's guards", "none"])
+def guards(request, monkeypatch):
+    if request.param == "none":
+        monkeypatch.setattr(repeated, "TensorGuards", None)
+    else:
+        assert repeated.TensorGuards is not None
+
+
+KEPT = ("y", "z", "exp_avg_sq")
+
+
+def smaller(tensor):
+    tensor.data = tensor.data[:5]
+
+
+def resized(tensor):
+    tensor.resize_(5)
+
+
+def of_another_dtype(tensor):
+    tensor.data = tensor.data.view(torch.bfloat16)[: len(tensor)]
+
+
+def of_another_class(tensor):
+    tensor.__class__ = Labelled
+
+
+def moved(tensor):
+    tensor.data = tensor.data.clone()
+
+
 @pytest.mark.parametrize(
-    "change", [moved_parameter, transposed_parameter, moved_state, other_state, loaded, one_by_one]
+    ("of", "change"),
+    [
+        *((of, change) for of in KEPT for change in (smaller, of_another_dtype, of_another_class, moved)),
+        *(("gradient", change) for change in (smaller, resized, of_another_dtype, of_another_class)),
+        *(("z", resized), ("exp_avg_sq", resized)),  # torch resizes no parameters
+    ],
 )
-def test_what_is_noticed(change, rows):
+def test_a_tensor_that_was_changed_in_place_is_noticed(of, change, guards, rows):
+    """The same object, and but for the last change at the same address."""
+    run = Run()
+    run.step()
+    run.step()
+    p = run.params[3]
+    tensor = p if of == "y" else p.grad if of == "gradient" else run.optimizer.state[p][of]
+    address = tensor.data_ptr()
+    change(tensor)
+    assert (tensor.data_ptr() == address) == (change is not moved)
+    assert not of_all_groups(run)[0]
+
+
+def of_all_groups(run):
+    """Whether the repeated step of each group takes what there is now; a step that does is made."""
+    optimizer = run.optimizer
+    taken, first = [], 0
+    for group in optimizer.param_groups:
+        step = optimizer._repeated[id(group)]
+        with torch.no_grad():
+            numbers = optimizer._step_numbers(group)
+            taken.append(step(group["params"], optimizer.state, step._choices._replace(first=first), numbers))
+        first += len(group["params"])
+    return taken
+
+
+@pytest.mark.parametrize("of", [*KEPT, "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_goes_beyond_the_smallest_tensor(dtype, of, compiler):
+    run = Run(dtype=dtype)
+    run.step()
+    p = run.params[3]
+    tensor = p if of == "y" else p.grad if of == "gradient" else run.optimizer.state[p][of]
+    beyond = tensor.data[5:]
+    expected = beyond.clone()
+    smaller(tensor)
+    with pytest.raises(RuntimeError, match="size"):
+        run.optimizer.step()
+    assert torch.equal(beyond, expected)
+
+
+def test_what_did_not_change_is_taken(guards, rows):
+    run = Run()
+    run.step()
+    assert of_all_groups(run) == [True, True]
+    run.params[3].grad = run.params[3].grad.clone()
+    assert of_all_groups(run) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "change", [moved_parameter, transposed_parameter, transposed_z, moved_state, other_state, loaded, one_by_one]
+)
+def test_what_is_noticed(change, guards, rows):
     run = Run()
     run.step()
     run.step()

@@ -29,7 +29,7 @@ from hf_schedulefree.optim.option_ranges import check_options
 from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
-from hf_schedulefree.optim.repeated import Choices, GroupTensors, RepeatedStep
+from hf_schedulefree.optim.repeated import Choices, RepeatedStep
 from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
@@ -272,24 +272,14 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], first: int) -> None:
-        numbers = self._step_numbers(group)
+        numbers, params = self._step_numbers(group), group["params"]
         choices = Choices(
-            self.implementation,
-            group["state_precision"],
-            group["rounding_seed"],
-            group["capturable"],
-            first,
-            len(group["params"]),
+            self.implementation, group["state_precision"], group["rounding_seed"], group["capturable"], first
         )
-        tensors, repeated = GroupTensors.of(group["params"], self.state), self._repeated.get(id(group))
-        if repeated is not None and tensors is not None and repeated.fits(tensors, choices):
-            repeated(tensors, numbers)
-        else:
+        repeated = self._repeated.get(id(group))
+        if repeated is None or not repeated(params, self.state, choices, numbers):
             self._step_rows(group, first, numbers)
-            tensors = GroupTensors.of(group["params"], self.state)
-            self._repeated[id(group)] = tensors and RepeatedStep.of(
-                tensors, choices, group["params"], compiled=self._one_pass
-            )
+            self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
         capturable.set_counter(group, "k", group["k"] + 1)
 
     def _step_numbers(self, group: dict[str, Any]) -> StepNumbers:

@@ -51,7 +51,8 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
     for (device, dtype, _), bucket in buckets.items():
         kernel = kernels.kernel_for(device, dtype)
         if kernel is not None:
-            kernel([tensors for _, tensors, _ in bucket])([grad for *_, grad in bucket], numbers.on(device))
+            ready = kernel([tensors for _, tensors, _ in bucket])
+            ready([grad.data_ptr() for *_, grad in bucket], numbers.on(device))
         else:
             for row, *_ in bucket:
                 _step_in_slices(row, numbers)
@@ -69,7 +70,7 @@ def _dense(row: HalfRow, uses_v: bool) -> tuple[DenseRow, Tensor] | None:
     p = kept[0]
     if first is None or grad.dtype is not p.dtype:
         return None
-    if not all(t is None or (t.is_contiguous() and t.device == p.device) for t in tensors):
+    if not all(t is None or (t.is_contiguous() and t.device == p.device and t.shape == p.shape) for t in tensors):
         return None
     if p.device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
         return None

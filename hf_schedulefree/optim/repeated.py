@@ -1,11 +1,12 @@
 """The step over the tensors of the step before: what was found out about them is not asked again.
 
 A model's hundreds of tensors stay where they are from step to step, but for the gradients. To look at each of them
-takes longer than all arithmetic of a small model's step; to see that they are the same ones takes a quarter of that.
+takes longer than all arithmetic of a small model's step; to see that they are the same ones takes a part of that.
 """
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,40 +17,15 @@ from hf_schedulefree.optim.kernels import Implementation, torch_ops
 from hf_schedulefree.optim.kernels.numbers import DenseRow, Kernel, ReadyStep, StepNumbers
 from hf_schedulefree.optim.precision import Y_LOW, RandomKey
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is not public
+    TensorGuards = None
+
 _PLAIN = frozenset(kernels.PLAIN_TENSORS)
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
-
-class GroupTensors(NamedTuple):
-    """The tensors of a group that have a part in a step; `v` and `y_low` are empty where there are none."""
-
-    y: list[Tensor]
-    z: list[Tensor]
-    v: list[Tensor]
-    y_low: list[Tensor]
-    grads: list[Tensor]
-
-    @classmethod
-    def of(cls, params: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> "GroupTensors | None":
-        """Those of the parameters that have a gradient; None if there are none, or the state of one is missing."""
-        grads = list(map(_gradient, params))
-        y = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-        own = list(map(states.get, y))
-        try:
-            kept = (list(map(itemgetter(key), own)) if key in own[0] else [] for key in ("z", "exp_avg_sq", Y_LOW))
-            return cls(y, *kept, [grad for grad in grads if grad is not None])
-        except (IndexError, TypeError, KeyError):  # no gradient; no state; a state without this
-            return None
-
-    @property
-    def kept(self) -> list[Tensor]:
-        """Those that are there from step to step."""
-        return [*self.y, *self.z, *self.v, *self.y_low]
-
-    @property
-    def state_dtypes(self) -> list[torch.dtype]:
-        """What the state is kept in."""
-        return [some[0].dtype for some in (self.z, self.v, self.y_low) if some]
+States = Mapping[Tensor, dict[str, Any]]
 
 
 class Choices(NamedTuple):
@@ -60,84 +36,142 @@ class Choices(NamedTuple):
     rounding_seed: int
     capturable: bool
     first: int  # parameters in earlier groups
-    count: int  # parameters in this one
+
+
+class Kinds:
+    """What some tensors are: type, dtype, device, sizes and strides; of contiguous ones, which numbers they hold.
+
+    torch.compile asks the same before each call of what it has compiled, and has a function for it that takes a quarter
+    of the time.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._guards = TensorGuards and TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._known = [] if self._guards else [list(map(fact, tensors)) for fact in _FACTS]
+
+    def are_those_of(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these are such tensors, too; none of them twice."""
+        if self._guards:
+            return self._guards.check(*tensors)
+        return all(list(map(fact, tensors)) == known for fact, known in zip(_FACTS, self._known, strict=True))
+
+
+_FACTS = (type, _dtype, Tensor.get_device, Tensor.numel, Tensor.is_contiguous)
 
 
 class RepeatedStep:
     """The step of a group whose tensors are all plain and alike, as one call; `of` makes it.
 
-    Keeps no tensor alive but the parameters: others may move the state elsewhere between two steps. A tensor is taken
-    for the same one if it is the same object, and at the same address.
+    Keeps no tensor alive but the parameters: others may move the state elsewhere between two steps.
     """
 
-    def __init__(self, tensors: GroupTensors, choices: Choices, kernel: Kernel | None, step: ReadyStep | None):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        columns: dict[str, list[Tensor]],
+        choices: Choices,
+        kernel: Kernel | None,
+        step: ReadyStep | None,
+    ):
         self._choices, self._kernel, self._step = choices, kernel, step
-        self._dtype, self._device = tensors.y[0].dtype, tensors.y[0].device
-        self._device_index = tensors.y[0].get_device()
-        self._ids = list(map(id, tensors.kept))
-        self._state_dtypes = tensors.state_dtypes
-        self._addresses = list(map(Tensor.data_ptr, tensors.kept))
-        self._sizes = list(map(Tensor.numel, tensors.y))
+        self._params, self._y = list(params), columns["y"]
+        self._resting = [p for p in params if p.grad is None]
+        self._dtype, self._device = self._y[0].dtype, self._y[0].device
+        self._keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
+        tensors = list(chain.from_iterable(columns.values()))
+        self._kinds = Kinds(tensors)
+        self._addresses = list(map(Tensor.data_ptr, tensors[: -len(self._y)]))
 
     @classmethod
-    def of(
-        cls, tensors: GroupTensors, choices: Choices, params: Sequence[Tensor], *, compiled: bool
-    ) -> "RepeatedStep | None":
+    def of(cls, params: Sequence[Tensor], states: States, choices: Choices, *, compiled: bool) -> "RepeatedStep | None":
         """The step of such a group; None for all others, which are looked at anew at each step.
 
         Args:
-            tensors: of the group.
+            params: of the group, after a first step.
+            states: of the optimizer.
             choices: of the group.
-            params: all parameters of the group.
             compiled: whether numba may be used.
         """
-        y, z, v, y_low, grads = tensors
+        columns = _columns(params, states)
+        if columns is None or choices.implementation not in (None, "fused"):
+            return None
+        y, z, v, y_low, grads = columns.values()
         dtype, device, index = y[0].dtype, y[0].device, y[0].get_device()
         storage = precision.storage_for(dtype, choices.state_precision)
         dtypes = (dtype, storage.z, storage.moments) if storage else (dtype, dtype, dtype)
         if (
-            choices.implementation not in (None, "fused")
-            or not all(_alike(some, kind, index) for some, kind in zip((y, z, v), dtypes, strict=True))
+            not all(_alike(some, kind, index) for some, kind in zip((y, z, v), dtypes, strict=True))
             or not _alike(grads, dtype, index)
             or not _alike(y_low, torch.int16, index)
             or bool(y_low) != bool(storage and storage.low_bits)
+            or not all(list(map(Tensor.numel, some)) == list(map(Tensor.numel, y)) for some in columns.values() if some)
             or any(p.numel() >= 2**32 for p in y)
         ):
             return None
         kernel = kernels.kernel_for(device, dtype) if compiled or device.type != "cpu" else None
         if kernel is None:
             by_torch = dtype in kernels.FUSED_DTYPES and not choices.capturable
-            return cls(tensors, choices, None, None) if by_torch else None
+            return cls(params, columns, choices, None, None) if by_torch else None
         nothing = [None] * len(y)
         keys = nothing
         if storage:
             positions = (i for i, p in enumerate(params, start=choices.first) if p.grad is not None)
             keys = [RandomKey(choices.rounding_seed, position) for position in positions]
         rows = map(DenseRow, y, y_low or nothing, z, v or nothing, [0] * len(y), keys)
-        return cls(tensors, choices, kernel, kernel(list(rows)))
+        return cls(params, columns, choices, kernel, kernel(list(rows)))
 
-    def fits(self, tensors: GroupTensors, choices: Choices) -> bool:
-        """Whether this is the step for these tensors: the same ones, but for the gradients, in the same places."""
-        kept = tensors.kept
-        return (
-            choices == self._choices
-            and list(map(id, kept)) == self._ids
-            and list(map(Tensor.data_ptr, kept)) == self._addresses
-            and tensors.state_dtypes == self._state_dtypes
-            and all(map(Tensor.is_contiguous, tensors.y))
-            and list(map(_dtype, tensors.y)).count(self._dtype) == len(tensors.y)
-            and _alike(tensors.grads, self._dtype, self._device_index)
-            and list(map(Tensor.numel, tensors.grads)) == self._sizes
-            and (self._kernel is None or kernels.kernel_for(self._device, self._dtype) is self._kernel)
-        )
+    def __call__(self, params: Sequence[Tensor], states: States, choices: Choices, numbers: StepNumbers) -> bool:
+        """Make the step in place, if it is the one for this group as it is now; returns whether it was made.
 
-    def __call__(self, tensors: GroupTensors, numbers: StepNumbers) -> None:
-        """One step in place."""
-        numbers = numbers.on(self._device)
-        if self._step is not None:
-            self._step(tensors.grads, numbers)
+        It is if the parameters are the same objects, and all tensors of the kinds and in the places they were: but for
+        the gradients, which may be in others.
+        """
+        if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
+            return False
+        own = list(map(states.get, self._y))
+        try:
+            kept = [list(map(itemgetter(key), own)) for key in self._keys]
+        except (TypeError, KeyError):  # no state; a state without this
+            return False
+        grads = list(map(_gradient, self._y))
+        tensors = [*self._y, *chain.from_iterable(kept), *grads]
+        if not self._kinds.are_those_of(tensors):
+            return False
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses[: len(self._addresses)] != self._addresses:
+            return False
+        if self._step is None:
+            z, *v = kept
+            torch_ops.fused_(self._y, z, v[0] if v else [], grads, numbers.on(self._device))
+        elif kernels.kernel_for(self._device, self._dtype) is self._kernel:
+            self._step(addresses[len(self._addresses) :], numbers.on(self._device))
         else:
-            torch_ops.fused_(tensors.y, tensors.z, tensors.v, tensors.grads, numbers)
+            return False
+        return True
+
+
+def _columns(params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:
+    """By their keys, the tensors of the parameters that have a gradient; None if there are none, or a state lacks one.
+
+    The second moment and the low bits are empty where there are none.
+    """
+    y = [p for p in params if p.grad is not None]
+    if not y or not all("z" in states.get(p, ()) for p in y):
+        return None
+    own = [states[p] for p in y]
+    try:
+        kept = {key: [state[key] for state in own] if key in own[0] else [] for key in ("z", "exp_avg_sq", Y_LOW)}
+    except KeyError:
+        return None
+    return {"y": y, **kept, "grad": list(map(_gradient, y))}
+
+
+def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+    return len(objects) == len(others) and all(map(is_, objects, others))
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
 
 
 def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: int) -> bool:

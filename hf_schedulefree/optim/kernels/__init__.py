@@ -88,7 +88,7 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers, compiled: bool) -> None:
         kernel = kernel_for(device, dtype) if compiled or device.type != "cpu" else None
         if kernel is not None:
             ready = kernel([DenseRow(y, None, z, v) for y, z, v, _ in bucket])
-            ready([grad for *_, grad in bucket], numbers.on(device))
+            ready([grad.data_ptr() for *_, grad in bucket], numbers.on(device))
         elif dtype in FUSED_DTYPES and numbers.on(device).are_plain:
             torch_ops.fused_(*_columns(bucket), numbers.on(device))
         else:
@@ -121,11 +121,14 @@ def switch_kernel() -> ModuleType | None:
 def all_plain_and_alike(rows: Sequence[Row]) -> bool:
     """Whether `dense` takes all rows as they are, into one bucket: the usual case, asked without a call per row."""
     dtype, device = rows[0][0].dtype, rows[0][0].device
+    sizes = [row[0].numel() for row in rows]
     for column in zip(*rows, strict=True):
         if column[0] is not None:
             for t in column:
                 if type(t) not in PLAIN_TENSORS or not t.is_contiguous() or t.dtype != dtype or t.device != device:
                     return False
+            if [t.numel() for t in column] != sizes:
+                return False
     return True
 
 
@@ -142,6 +145,8 @@ def dense(row: Row) -> Row | None:
     for t in (y, z, grad) if v is None else (y, z, v, grad):
         if not (type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype is dtype and t.device == device):
             return None  # a gradient or a state of another kind
+        if t.numel() != y.numel():
+            return None
     return y, z, v, grad
 
 

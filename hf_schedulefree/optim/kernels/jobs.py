@@ -106,15 +106,15 @@ class Job:
 class Column:
     """The addresses of gradients in the table of a job: others at each step, but mostly in the same places."""
 
-    def __init__(self, job: Job, index: int, blocks: Blocks):
+    def __init__(self, job: Job, index: int, blocks: Blocks, element_size: int):
         self._job, self._index, self._blocks = job, index, blocks
-        self._shown: list[int] = []
+        self._offsets = blocks.first * element_size
+        self._shown: Sequence[int] = ()
 
-    def show(self, tensors: Sequence[Tensor]) -> None:
+    def show(self, addresses: Sequence[int]) -> None:
         """Put those of contiguous tensors of one dtype there."""
-        addresses = list(map(Tensor.data_ptr, tensors))
         if addresses != self._shown:
-            self._job.table[:, self._index] = self._blocks.addresses(tensors)
+            self._job.table[:, self._index] = self._blocks.of(addresses) + self._offsets
             self._shown = addresses
 
 

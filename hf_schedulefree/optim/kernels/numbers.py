@@ -79,8 +79,9 @@ class DenseRow(NamedTuple):
 
 
 # A step that is ready to be made again and again, in place, over the tensors that it was made for: it is called with
-# their gradients (contiguous, of their dtype, device and sizes) and the numbers. It keeps no tensor but the parameters.
-ReadyStep = Callable[[Sequence[Tensor], StepNumbers], None]
+# the addresses of their gradients (contiguous, of their dtype, device and sizes) and the numbers. It keeps no tensor
+# but the parameters.
+ReadyStep = Callable[[Sequence[int], StepNumbers], None]
 
 # A compiled kernel: makes such a step for rows of one device whose tensors have the same dtypes.
 Kernel = Callable[[Sequence[DenseRow]], ReadyStep]

@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from hf_schedulefree.optim.kernels import jobs
 from hf_schedulefree.optim.kernels.numbers import DenseRow, ReadyStep, StepNumbers
@@ -32,9 +31,9 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     blocks = jobs.Blocks([tensor.numel() for tensor in y])
     # A tensor that there is not is never touched; any address will do.
     job = blocks.job((y, z, y if v[0] is None else v, y), NUMBERS)
-    gradients, dtype = jobs.Column(job, 3, blocks), dtype_name(y[0])
+    gradients, dtype = jobs.Column(job, 3, blocks, y[0].element_size()), dtype_name(y[0])
 
-    def step_(grads: Sequence[Tensor], numbers: StepNumbers) -> None:
+    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
         gradients.show(grads)
         job.run(worker("step.step", dtype, kind_of(numbers)), numbers_of(numbers))
         torch.autograd.graph.increment_version(y)  # autograd must notice, as it does for torch's own operations

@@ -44,7 +44,7 @@ def runs() -> bool:
         return False  # under TRITON_INTERPRET=1 the kernel would read a GPU's addresses from the CPU
     try:
         y, z, gradient = torch.zeros(3, 1, device="cuda").unbind()
-        prepare([DenseRow(y, None, z, None)])([gradient], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
+        prepare([DenseRow(y, None, z, None)])([gradient.data_ptr()], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
     except Exception as error:  # no C compiler, an old GPU, a driver that does not go with triton: it may be anything
         logger.info("The one-pass kernel does not run on this GPU, torch's operations do. Triton says: %s", error)
         return False
@@ -71,7 +71,7 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
         "enable_fp_fusion": False,  # every operation is rounded, as on CPU
     }
 
-    def step_(grads: Sequence[Tensor], numbers: StepNumbers) -> None:
+    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
         if not chunks:
             return
         device = params[0].device
@@ -133,9 +133,9 @@ def _columns(rows: Sequence[DenseRow]) -> np.ndarray:
     return columns
 
 
-def _table(columns: np.ndarray, grads: Sequence[Tensor]) -> np.ndarray:
+def _table(columns: np.ndarray, grads: Sequence[int]) -> np.ndarray:
     """The table as the kernel reads it: the number of rows, and the columns with the addresses of the gradients."""
-    columns[7] = list(map(Tensor.data_ptr, grads))
+    columns[7] = grads
     columns[2] = (columns[3:8] % _ALIGNMENT == 0).all(0)
     return np.concatenate(([columns.shape[1]], columns.ravel()))
 

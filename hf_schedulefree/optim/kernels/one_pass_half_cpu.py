@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hf_schedulefree.optim import precision
 from hf_schedulefree.optim.kernels import jobs
@@ -25,14 +24,14 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     # A tensor that there is not is never touched; any address will do.
     columns = (y, y if y_low[0] is None else y_low, z, z if v[0] is None else v, y)
     job = blocks.job(columns, NUMBERS, blocks.first, blocks.first)
-    gradients = jobs.Column(job, 4, blocks)
+    gradients = jobs.Column(job, 4, blocks, y[0].element_size())
     is_random = keys[0] is not None
     storage = y_low[0] is not None, z[0].dtype == torch.float32, is_random
     if is_random:
         seeds, parameters = (np.array([precision.wrapped(key[i]) for key in keys]) for i in range(2))
         first = blocks.of(first) + blocks.first
 
-    def step_(grads: Sequence[Tensor], numbers: StepNumbers) -> None:
+    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
         gradients.show(grads)
         if is_random:
             key = tuple(map(blocks.of, precision.rounding_key(seeds, numbers.k, parameters)))
