@@ -118,9 +118,19 @@ def test_a_damaged_file_is_not_loaded_but_made_anew(folder, harm):
     for path in there:
         assert workers._read(path)
         harm(path)
+        with pytest.raises(OSError, match="damaged"):
+            workers._read(path)
     workers.worker.cache_clear()
     assert steps_here() == before
     assert files(folder) == there and all(workers._read(path) for path in there)
+
+
+def test_each_choice_is_a_file_of_its_own(folder):
+    for choice in (("float32", PLAIN), ("float32", NORMALIZE), ("float64", PLAIN)):
+        workers.worker("step.step", *choice)
+    assert [path.name for path in files(folder)] == [
+        f"step.step-{choice}.o" for choice in ("float32-0", "float32-2", "float64-0")
+    ]
 
 
 def test_code_of_another_user_is_not_run(folder, monkeypatch):
