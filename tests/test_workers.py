@@ -173,6 +173,23 @@ def test_numba_is_asked_where_no_code_can_be_loaded(folder, monkeypatch):
     assert [path for path in files(folder) if path.suffix == ".o"] == before
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("llvm_version_info", (15, 0, 7)), ("create_new_module_pass_manager", lambda: None)],
+)
+def test_numba_is_asked_where_its_compiler_is_another_one(folder, monkeypatch, caplog, name, value):
+    from hf_schedulefree.optim.kernels.sources import building
+
+    expected = steps_here()
+    workers.worker.cache_clear()
+    monkeypatch.setattr(workers, "_keep", lambda file, code: pytest.fail("kept"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder / "other"))
+    monkeypatch.setattr(building.llvm, name, value)
+    with caplog.at_level("INFO"):
+        assert steps_here() == expected
+    assert "by numba in each process" in caplog.text
+
+
 def test_code_that_may_raise_is_left_to_numba(folder):
     from hf_schedulefree.optim.kernels.sources import building, elements
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from hf_schedulefree.optim.kernels import machine_code
 from hf_schedulefree.optim.kernels.threads import Work
+
+logger = logging.getLogger(__name__)
 
 _OPTIMIZERS = Path(__file__).parents[1]
 _SOURCES = f"{__package__}.sources"
@@ -59,11 +62,13 @@ def worker(name: str, *options: str | int) -> Work:
     module, _, function = name.rpartition(".")
     source = getattr(importlib.import_module(f"{_SOURCES}.{module}"), function)(*options)
     if machine_code.AVAILABLE:
-        with contextlib.suppress(machine_code.UnusableError):
+        try:
             code = building.object_code(source)
             loaded = _Loaded(machine_code.load(code))
             _keep(file, code)
             return loaded
+        except machine_code.UnusableError as error:
+            logger.info("%s is compiled by numba in each process: %s", name, error)
     return building.by_numba(source)
 
 

@@ -12,6 +12,9 @@ from hf_schedulefree.optim.kernels.threads import Work
 _SIGNATURE = types.void(types.int64)
 _OPTIONS = {"nopython": True, "error_model": "numpy"}
 
+# The first one whose modules are written as `_ENTRY` is: pointers have no types.
+_LLVM = (16, 0, 0)
+
 # numba's functions return a status; it is 0 here, as nothing raises (`object_code` makes sure).
 _ENTRY = """
 target triple = "{triple}"
@@ -38,11 +41,21 @@ def object_code(function: Callable[[int], None]) -> bytes:
     """A worker as an object that `machine_code` loads.
 
     Raises:
-        UnusableError: numba has made something else than a function that cannot fail.
+        UnusableError: numba has made something else than a function that cannot fail, or its version is too old (before
+            0.62) or too new for what is asked of its compiler here.
     """
+    if llvm.llvm_version_info < _LLVM:
+        raise UnusableError(f"LLVM {llvm.llvm_version_info} is older than {_LLVM}")
     compiled = cfunc(_SIGNATURE, **_OPTIONS)(function)
-    module = llvm.parse_assembly(compiled.inspect_llvm())
-    inner = compiled.native_name.removeprefix("cfunc.")
+    try:
+        return _stand_alone(compiled.inspect_llvm(), compiled.native_name.removeprefix("cfunc."))
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UnusableError(f"this version of llvmlite: {error}") from error
+
+
+def _stand_alone(source: str, inner: str) -> bytes:
+    """An object with the function `inner` of a module, called by its `ENTRY`, and nothing else."""
+    module = llvm.parse_assembly(source)
     bodies = [str(defined) for defined in module.functions if defined.name == inner]
     if len(bodies) != 1 or any(line.split() != ["ret", "i32", "0"] for line in _returns(bodies[0])):
         raise UnusableError("the compiled function may raise, or has another name")
