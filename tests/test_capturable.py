@@ -244,7 +244,7 @@ def test_a_rectification_that_never_comes():
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 

@@ -229,6 +229,21 @@ def test_the_second_step_repeats_the_first(rows):
     assert len(rows) == 4
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_states_are_found_in_any_order(count, rows):
+    run = Run()
+    for group in run.optimizer.param_groups:
+        del group["params"][count:]
+    run.step()
+    reordered_states(run)
+    before = len(rows)
+    run.step()
+    assert len(rows) == before + 2
+    run.step()
+    run.step()
+    assert len(rows) == before + 2
+
+
 @pytest.fixture(params=["torch's guards", "none"])
 def guards(request, monkeypatch):
     if request.param == "none":

@@ -236,7 +236,6 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     # The step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; parameters without a gradient are left alone, and gradients are not overwritten.
 
@@ -249,6 +248,14 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         Raises:
             RuntimeError: in eval mode, or for sparse gradients.
         """
+        former = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # what torch.no_grad() does through ten of Python's calls
+        try:
+            return self._step(closure)
+        finally:
+            torch.set_grad_enabled(former)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._is_dry_run():
             self.init_state()
             return None

@@ -63,7 +63,7 @@ def check_capture(optimizer: Optimizer) -> None:
     Raises:
         RuntimeError: a step is captured that is not capturable, or is the first one.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if not all(group["capturable"] for group in groups):

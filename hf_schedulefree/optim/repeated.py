@@ -4,7 +4,7 @@ A model's hundreds of tensors stay where they are from step to step, but for the
 takes longer than all arithmetic of a small model's step; to see that they are the same ones takes a part of that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -68,6 +68,7 @@ class RepeatedStep:
     def __init__(
         self,
         params: Sequence[Tensor],
+        states: States,
         columns: dict[str, list[Tensor]],
         choices: Choices,
         kernel: Kernel | None,
@@ -79,6 +80,9 @@ class RepeatedStep:
         self._dtype, self._device = self._y[0].dtype, self._y[0].device
         self._keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
         tensors = list(chain.from_iterable(columns.values()))
+        # Where the states lie among all: to look each of them up takes longer, as torch computes hashes in Python.
+        order = {id(p): place for place, p in enumerate(states)}
+        self._places = _items([order[id(p)] for p in self._y])
         self._kinds = Kinds(tensors)
         self._addresses = list(map(Tensor.data_ptr, tensors[: -len(self._y)]))
 
@@ -92,8 +96,8 @@ class RepeatedStep:
             choices: of the group.
             compiled: whether numba may be used.
         """
-        columns = _columns(params, states)
-        if columns is None or choices.implementation not in (None, "fused"):
+        columns = _columns(params, states) if choices.implementation in (None, "fused") else None
+        if columns is None:
             return None
         y, z, v, y_low, grads = columns.values()
         dtype, device, index = y[0].dtype, y[0].device, y[0].get_device()
@@ -111,14 +115,14 @@ class RepeatedStep:
         kernel = kernels.kernel_for(device, dtype) if compiled or device.type != "cpu" else None
         if kernel is None:
             by_torch = dtype in kernels.FUSED_DTYPES and not choices.capturable
-            return cls(params, columns, choices, None, None) if by_torch else None
+            return cls(params, states, columns, choices, None, None) if by_torch else None
         nothing = [None] * len(y)
         keys = nothing
         if storage:
             positions = (i for i, p in enumerate(params, start=choices.first) if p.grad is not None)
             keys = [RandomKey(choices.rounding_seed, position) for position in positions]
         rows = map(DenseRow, y, y_low or nothing, z, v or nothing, [0] * len(y), keys)
-        return cls(params, columns, choices, kernel, kernel(list(rows)))
+        return cls(params, states, columns, choices, kernel, kernel(list(rows)))
 
     def __call__(self, params: Sequence[Tensor], states: States, choices: Choices, numbers: StepNumbers) -> bool:
         """Make the step in place, if it is the one for this group as it is now; returns whether it was made.
@@ -128,23 +132,21 @@ class RepeatedStep:
         """
         if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
             return False
-        own = list(map(states.get, self._y))
         try:
-            kept = [list(map(itemgetter(key), own)) for key in self._keys]
-        except (TypeError, KeyError):  # no state; a state without this
+            if not _are_same(self._places(list(states)), self._y):
+                return False
+            own = self._places(list(states.values()))
+            state = [list(map(itemgetter(key), own)) for key in self._keys]
+        except (IndexError, KeyError):  # fewer states; a state without this
             return False
-        grads = list(map(_gradient, self._y))
-        tensors = [*self._y, *chain.from_iterable(kept), *grads]
-        if not self._kinds.are_those_of(tensors):
-            return False
-        addresses = list(map(Tensor.data_ptr, tensors))
-        if addresses[: len(self._addresses)] != self._addresses:
+        kept, grads = list(chain(self._y, *state)), list(map(_gradient, self._y))
+        if not self._kinds.are_those_of(kept + grads) or list(map(Tensor.data_ptr, kept)) != self._addresses:
             return False
         if self._step is None:
-            z, *v = kept
+            z, *v = state
             torch_ops.fused_(self._y, z, v[0] if v else [], grads, numbers.on(self._device))
         elif kernels.kernel_for(self._device, self._dtype) is self._kernel:
-            self._step(addresses[len(self._addresses) :], numbers.on(self._device))
+            self._step(list(map(Tensor.data_ptr, grads)), numbers.on(self._device))
         else:
             return False
         return True
@@ -164,6 +166,11 @@ def _columns(params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]
     except KeyError:
         return None
     return {"y": y, **kept, "grad": list(map(_gradient, y))}
+
+
+def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the items at some places out of a sequence; they may also lie beyond its end."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
 def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:

@@ -28,13 +28,15 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     is_random = keys[0] is not None
     storage = y_low[0] is not None, z[0].dtype == torch.float32, is_random
     if is_random:
-        seeds, parameters = (np.array([precision.wrapped(key[i]) for key in keys]) for i in range(2))
+        seed, parameters = (np.array([precision.wrapped(key[i]) for key in keys]) for i in range(2))
+        if (seed == seed[0]).all():
+            seed = int(seed[0])  # numpy takes its time for each operation
         first = blocks.of(first) + blocks.first
 
     def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
         gradients.show(grads)
         if is_random:
-            key = tuple(map(blocks.of, precision.rounding_key(seeds, numbers.k, parameters)))
+            key = tuple(map(blocks.of, precision.rounding_key(seed, numbers.k, parameters)))
             job.table[:, 6], job.table[:, 7] = precision.first_hash(key, first), key[1]
         job.run(worker("half_step.step", *storage, kind_of(numbers)), numbers_of(numbers))
         torch.autograd.graph.increment_version(y)  # autograd must notice, as for torch's operations
