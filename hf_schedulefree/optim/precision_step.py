@@ -70,7 +70,10 @@ def _dense(row: HalfRow, uses_v: bool) -> tuple[DenseRow, Tensor] | None:
     p = kept[0]
     if first is None or grad.dtype is not p.dtype:
         return None
-    if not all(t is None or (t.is_contiguous() and t.device == p.device and t.shape == p.shape) for t in tensors):
+    tensors = [t for t in tensors if t is not None]
+    if not all(t.is_contiguous() and t.device == p.device and t.shape == p.shape for t in tensors):
+        return None
+    if not all(map(kernels.is_in_memory, tensors)):
         return None
     if p.device.type == "cpu" and first >> 32 != (first + p.numel()) >> 32:
         return None

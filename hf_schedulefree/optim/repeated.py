@@ -56,7 +56,7 @@ class Kinds:
         return all(list(map(fact, tensors)) == known for fact, known in zip(_FACTS, self._known, strict=True))
 
 
-_FACTS = (type, _dtype, Tensor.get_device, Tensor.numel, Tensor.is_contiguous)
+_FACTS = (type, _dtype, Tensor.get_device, Tensor.numel, Tensor.is_contiguous, kernels.is_in_memory)
 
 
 class RepeatedStep:
@@ -188,4 +188,5 @@ def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: int) -> bool:
         and all(map(Tensor.is_contiguous, tensors))
         and list(map(_dtype, tensors)).count(dtype) == len(tensors)
         and list(map(Tensor.get_device, tensors)).count(device) == len(tensors)
+        and all(map(kernels.is_in_memory, tensors))
     )

@@ -127,9 +127,14 @@ def all_plain_and_alike(rows: Sequence[Row]) -> bool:
             for t in column:
                 if type(t) not in PLAIN_TENSORS or not t.is_contiguous() or t.dtype != dtype or t.device != device:
                     return False
-            if [t.numel() for t in column] != sizes:
+            if [t.numel() for t in column] != sizes or not all(map(is_in_memory, column)):
                 return False
     return True
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether a plain tensor's numbers are what lies at its address: not of a negated view, or zeros without memory."""
+    return not tensor.is_neg() and (tensor.data_ptr() != 0 or tensor.numel() == 0)
 
 
 def dense(row: Row) -> Row | None:
@@ -145,7 +150,7 @@ def dense(row: Row) -> Row | None:
     for t in (y, z, grad) if v is None else (y, z, v, grad):
         if not (type(t) in PLAIN_TENSORS and t.is_contiguous() and t.dtype is dtype and t.device == device):
             return None  # a gradient or a state of another kind
-        if t.numel() != y.numel():
+        if t.numel() != y.numel() or not is_in_memory(t):
             return None
     return y, z, v, grad
 
