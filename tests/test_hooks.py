@@ -191,3 +191,17 @@ def test_the_signature_stays():
     optimizer = build()
     assert list(inspect.signature(optimizer.step).parameters) == ["closure"]
     assert optimizer.step.__name__ == "step" and "closure" in optimizer.step.__doc__
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_gradients_are_recorded_in_the_closure_alone(former):
+    optimizer, seen = build(), []
+    with torch.set_grad_enabled(former):
+        optimizer.step(lambda: seen.append(torch.is_grad_enabled()))
+        assert torch.is_grad_enabled() == former
+        optimizer.eval()
+        with pytest.raises(RuntimeError, match="eval mode"):
+            optimizer.step()
+        assert torch.is_grad_enabled() == former
+    (p,) = optimizer.param_groups[0]["params"]
+    assert seen == [True] and all(t.grad_fn is None for t in (p, *optimizer.state[p].values()))
