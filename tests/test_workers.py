@@ -133,20 +133,37 @@ def test_each_choice_is_a_file_of_its_own(folder):
     ]
 
 
-def test_code_of_another_user_is_not_run(folder, monkeypatch):
+def test_code_that_another_user_may_have_written_is_not_run(folder, monkeypatch):
     steps_here()
     path = files(folder)[0]
-    assert workers._read(path)
+    assert workers._read(path) and path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o664)
+    with pytest.raises(OSError, match="another user"):
+        workers._read(path)
+    path.chmod(0o644)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    monkeypatch.setattr(workers, "_OPTIMIZERS", Path("/proc/self"), raising=True)
+    assert workers._read(path)  # of the owner of the package
     monkeypatch.setattr(Path, "stat", lambda self: os.stat_result((0, 0, 0, 0, 12345, 0, 0, 0, 0, 0)))
     with pytest.raises(OSError, match="another user"):
         workers._read(path)
 
 
+def test_a_file_counts_under_its_own_name_only(folder):
+    steps_here()
+    path = files(folder)[0]
+    other_name = path.rename(path.with_name("step.step-float64-1.o"))
+    with pytest.raises(OSError, match="damaged"):
+        workers._read(other_name)
+    other_folder = folder / "workers-of-another-processor"
+    other_folder.mkdir()
+    with pytest.raises(OSError, match="damaged"):
+        workers._read(other_name.rename(other_folder / path.name))
+
+
 def test_the_steps_go_on_where_nothing_can_be_written(folder, monkeypatch):
     expected = steps_here()
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/nowhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere/else")
     workers.worker.cache_clear()
     assert steps_here() == expected
 
@@ -202,7 +219,7 @@ def test_code_that_may_raise_is_left_to_numba(folder):
     assert building.by_numba(raises).address
 
 
-def test_the_fingerprint_is_of_all_that_the_code_depends_on(monkeypatch):
+def test_the_fingerprint_is_of_all_that_the_code_depends_on(monkeypatch, tmp_path):
     def fingerprint() -> str:
         workers._fingerprint.cache_clear()
         return workers._fingerprint()
@@ -212,6 +229,9 @@ def test_the_fingerprint_is_of_all_that_the_code_depends_on(monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/elsewhere/else")
     assert fingerprint() == seen[0]
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    seen.append(fingerprint())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".numba_config.yaml").write_text("cpu_name: nehalem")
     seen.append(fingerprint())
     monkeypatch.setattr(workers, "_processor", lambda: b"another one")
     seen.append(fingerprint())
@@ -226,7 +246,59 @@ def test_the_fingerprint_is_of_all_that_the_code_depends_on(monkeypatch):
     workers._fingerprint.cache_clear()
 
 
-def test_the_processor_is_told_by_what_it_can_do():
-    lines = workers._processor().splitlines()
-    assert [line.split(b"\t")[0] for line in lines].count(b"flags") == 1
-    assert any(b"sse2" in line for line in lines)
+def test_the_processor_is_told_by_what_it_can_do(monkeypatch, tmp_path):
+    assert b"sse2" in workers._processor()
+    unknown = tmp_path / "cpuinfo"
+    unknown.write_bytes(b"processor\t: 0\nFeatures\t: fp asimd\n\n")
+    monkeypatch.setattr("builtins.open", lambda *args, given=open: given(unknown, "rb"))
+    with pytest.raises(OSError, match="does not say"):
+        workers._processor()
+
+
+def no_version(patch):
+    patch.setattr(workers.importlib.metadata, "version", lambda name: None)
+
+
+def no_metadata_and_no_number(patch):
+    def version(name):
+        raise workers.importlib.metadata.PackageNotFoundError
+
+    patch.setattr(workers.importlib.metadata, "version", version)
+    patch.setattr("llvmlite.__version__", None)
+
+
+@pytest.mark.parametrize("harm", [no_version, no_metadata_and_no_number])
+def test_without_known_versions_nothing_is_kept(folder, monkeypatch, harm):
+    expected = steps_here()
+    before = files(folder)
+    workers._fingerprint.cache_clear()
+    workers.worker.cache_clear()
+    try:
+        harm(monkeypatch)
+        assert list(workers._folders()) == []
+        assert workers.available()  # `sources` are imported
+        assert steps_here() == expected
+    finally:
+        workers._fingerprint.cache_clear()
+    assert files(folder) == before
+
+
+def test_what_cannot_work_is_not_available(folder, monkeypatch):
+    assert workers.available()
+    with monkeypatch.context() as patch:
+        patch.setenv("NUMBA_DISABLE_JIT", "1")
+        assert not workers.available()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine_code, "_made_executable", lambda memory: False)
+        assert not workers.available()
+    for error in (ImportError, AttributeError, OSError):  # as broken installations have it
+
+        def broken(name, error=error):
+            raise error(name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workers.importlib, "import_module", broken)
+            assert not workers.available()
+    steps_here()  # keeps some
+    monkeypatch.setitem(sys.modules, f"{workers._SOURCES}.building", None)
+    assert workers.available()

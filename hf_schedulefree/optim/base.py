@@ -68,8 +68,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             tensors on the device, and so is an `lr` that is to change from replay to replay.
         implementation: "for-loop" (one tensor at a time), "foreach" (multi-tensor operations), "fused" (one pass over
             memory, where a compiler is at hand: see `kernels`) or None ("fused", but with less than a million
-            parameters on CPU by torch's operations: numba would cost more than it saves). All give the same numbers
-            within rounding.
+            parameters on CPU by torch's operations: to compile the step would cost more than it saves). All give the
+            same numbers within rounding.
         park: how y is kept in eval mode: "copy" (one more copy of the parameters), "residual" (1 byte per parameter: y
             follows from x and z but for rounding, and that is what is kept) or None ("residual"). Where a residual will
             not do (it takes float32 or float64 on CPU, and the compiled kernels) it is a copy. Exact in either way.

@@ -59,6 +59,16 @@ def load(code: bytes) -> int:
         raise UnusableError(f"the object is damaged: {error}") from error
 
 
+def permitted() -> bool:
+    """Whether memory that was written to may be executed; True where that is not known."""
+    return not AVAILABLE or _made_executable(mmap.mmap(-1, 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def _made_executable(memory: mmap.mmap) -> bool:
+    base = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    return not ctypes.CDLL(None).mprotect(base, ctypes.c_size_t(len(memory)), mmap.PROT_READ | mmap.PROT_EXEC)
+
+
 class _Object:
     """A relocatable object: its sections, where each will lie, and its symbols."""
 
@@ -98,9 +108,7 @@ class _Object:
                     value = self._address(self._symbol(self._sections[symbols], info >> 32), base) + addend
                     struct.pack_into("<Q", memory, self._offsets[target] + place, value % 2**64)
         entry = self._entry(base)
-        if ctypes.CDLL(None).mprotect(
-            ctypes.c_void_p(base), ctypes.c_size_t(len(memory)), mmap.PROT_READ | mmap.PROT_EXEC
-        ):
+        if not _made_executable(memory):
             raise UnusableError("this system does not let memory be executed")
         _mapped.append(memory)
         return entry

@@ -2,9 +2,9 @@
 
 Compiling takes some seconds, once per machine (and version of this package, of numba, and of the processor). What comes
 out is kept as machine code, which later processes load without numba: it would take 100 MiB and a third of a second of
-each of them. The files lie in NUMBA_CACHE_DIR if that is set; else beside this package in `__pycache__`, or, where that
-cannot be written to, in the user's folder for caches. Where no code can be loaded that way (see `machine_code`), numba
-is asked in each process, which keeps a cache of its own.
+each of them. The files lie in a folder `workers-...` in NUMBA_CACHE_DIR, if that is set, or else beside this package in
+`__pycache__`; or, where that cannot be written to, in the user's folder for caches (`~/.cache/hf_schedulefree`). Where
+no code can be loaded that way (see `machine_code`), numba is asked in each process, which has a cache of its own.
 """
 
 import contextlib
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 _OPTIMIZERS = Path(__file__).parents[1]
 _SOURCES = f"{__package__}.sources"
 _NOT_FOR_COMPILING = ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
+_PROCESSOR = (b"vendor_id", b"cpu family", b"model", b"model name", b"stepping", b"flags")
 _DIGEST_SIZE = hashlib.sha256().digest_size
+_READ_BY_ALL, _WRITTEN_BY_OTHERS = 0o644, 0o022
 
 
 class _Loaded(NamedTuple):
@@ -37,12 +39,16 @@ class _Loaded(NamedTuple):
 
 
 def available() -> bool:
-    """Whether `worker` will work; numba must be installed, and go with the installed numpy."""
+    """Whether `worker` will work: not with a numba that is broken, switched off or not allowed to run what it makes."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0") or not machine_code.permitted():
+        return False
     if machine_code.AVAILABLE and any(path.suffix == ".o" for folder in _folders() for path in _listed(folder)):
         return True
-    with contextlib.suppress(ImportError):
-        return bool(importlib.import_module(f"{_SOURCES}.building"))
-    return False
+    try:
+        importlib.import_module(f"{_SOURCES}.building")
+    except (ImportError, AttributeError, OSError):
+        return False
+    return True
 
 
 @functools.cache
@@ -79,12 +85,12 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _read(path: Path) -> bytes:
     with open(path, "rb") as stream:
-        owner, content = os.fstat(stream.fileno()).st_uid, stream.read()
+        status, content = os.fstat(stream.fileno()), stream.read()
     code = content[_DIGEST_SIZE:]
-    if hashlib.sha256(code).digest() != content[:_DIGEST_SIZE]:
+    if _digest(path, code) != content[:_DIGEST_SIZE]:
         raise OSError(f"{path} is damaged")
-    if owner not in (os.getuid(), _OPTIMIZERS.stat().st_uid):
-        raise OSError(f"{path} was written by another user")
+    if status.st_uid not in (os.getuid(), _OPTIMIZERS.stat().st_uid) or status.st_mode & _WRITTEN_BY_OTHERS:
+        raise OSError(f"{path} may have been written by another user")
     return code
 
 
@@ -96,7 +102,8 @@ def _keep(file: str, code: bytes) -> None:
             handle, aside = tempfile.mkstemp(dir=folder)
             try:
                 with open(handle, "wb") as stream:
-                    stream.write(hashlib.sha256(code).digest() + code)
+                    os.fchmod(handle, _READ_BY_ALL)
+                    stream.write(_digest(folder / file, code) + code)
                 os.replace(aside, folder / file)
             except BaseException:
                 os.unlink(aside)
@@ -104,10 +111,14 @@ def _keep(file: str, code: bytes) -> None:
             return
 
 
+def _digest(path: Path, code: bytes) -> bytes:
+    """A checksum, also of what the code is for."""
+    return hashlib.sha256(f"{path.parent.name}/{path.name}".encode() + code).digest()
+
+
 def _folders() -> Iterator[Path]:
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    for root in [chosen] if chosen else [Path(__file__).parent / "__pycache__", Path(caches, "hf_schedulefree")]:
+    beside = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__"
+    for root in (beside, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_schedulefree")):
         with contextlib.suppress(RuntimeError, OSError):  # no home; nothing to tell versions apart by
             yield Path(root).expanduser() / f"workers-{_fingerprint()}"
 
@@ -128,20 +139,30 @@ def _fingerprint() -> str:
     parts += [_version(name).encode() for name in ("numba", "llvmlite", "numpy")]
     settings = sorted(name for name in os.environ if name.startswith("NUMBA_") and name not in _NOT_FOR_COMPILING)
     parts += [f"{name}={os.environ[name]}".encode() for name in settings]
+    with contextlib.suppress(FileNotFoundError):
+        parts.append(Path(".numba_config.yaml").read_bytes())
     parts.append(_processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _version(name: str) -> str:
+    version = None
     try:
-        return importlib.metadata.version(name)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # found, but not installed by the usual tools
-        return importlib.import_module(name).__version__
+        with contextlib.suppress(ImportError):
+            version = getattr(importlib.import_module(name), "__version__", None)
+    if version is None:
+        raise OSError(f"the version of {name} is not known")
+    return version
 
 
 def _processor() -> bytes:
     """Which one it is, and what it can do."""
     with open("/proc/cpuinfo", "rb") as stream:
         first, _, _ = stream.read(2**14).partition(b"\n\n")
-    wanted = (b"vendor_id", b"cpu family", b"model", b"model name", b"stepping", b"flags")
-    return b"\n".join(line for line in first.splitlines() if line.split(b"\t")[0].strip() in wanted)
+    facts = dict(line.split(b":", 1) for line in first.splitlines() if b":" in line)
+    facts = {name.strip(): value for name, value in facts.items()}
+    if b"flags" not in facts:
+        raise OSError("the system does not say what the processor can do")
+    return b"\n".join(facts.get(name, b"") for name in _PROCESSOR)
