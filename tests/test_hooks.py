@@ -53,9 +53,21 @@ def calls(monkeypatch):
 def test_nobody_watches(calls):
     optimizer = build()
     optimizer.step()
-    assert optimizer.step(lambda: 5) == 5
-    assert optimizer.step(closure=lambda: 6) == 6
-    assert not calls and optimizer.param_groups[0]["k"] == 3
+    optimizer.step()
+    assert not calls and optimizer.param_groups[0]["k"] == 2
+
+
+def test_a_closure_may_register_hooks(calls):
+    optimizer, seen = build(), []
+
+    def closure():
+        optimizer.register_step_post_hook(lambda own, args, options: seen.append((args, options)))
+        return 5
+
+    assert optimizer.step(closure) == 5
+    assert seen == [((optimizer, closure), {})] and len(calls) == 1
+    assert build().step(closure=lambda: 6) == 6
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("kind", CASES)

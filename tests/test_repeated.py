@@ -2,6 +2,8 @@
 
 import gc
 import importlib.util
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -198,6 +200,17 @@ def rows(monkeypatch):
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize(("kind", "dtype", "options"), KINDS)
 def test_whatever_happens_between_two_steps(kind, dtype, options, event, compiler, monkeypatch):
+    compare(kind, dtype, options, event, monkeypatch)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_whatever_happens_where_a_group_has_few_of_all_states(event, monkeypatch):
+    monkeypatch.setattr(repeated, "_MANY", 0)
+    compare("adamw", torch.float32, {}, event, monkeypatch)
+
+
+def compare(kind, dtype, options, event, monkeypatch):
+    """The same bits with and without steps that are repeated."""
     found = []
     for repeats in (True, False):
         if not repeats:
@@ -216,7 +229,9 @@ def test_whatever_happens_between_two_steps(kind, dtype, options, event, compile
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_second_step_repeats_the_first(rows):
+@pytest.mark.parametrize("many", [0, 8])
+def test_the_second_step_repeats_the_first(rows, many, monkeypatch):
+    monkeypatch.setattr(repeated, "_MANY", many)
     run = Run()
     for count in range(4):
         run.step()
@@ -227,6 +242,31 @@ def test_the_second_step_repeats_the_first(rows):
     run.optimizer.zero_grad(set_to_none=False)
     run.step()
     assert len(rows) == 4
+
+
+def test_more_parameters_may_change_how_the_earlier_ones_are_stepped(rows, monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILED_FROM", 25_000)
+    asked, find = [], kernels.one_pass_kernel
+    monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: asked.append(1) or find(device_type))
+    run = Run()
+    run.step()
+    run.step()
+    assert len(rows) == 2 and not asked
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(10_000))]})
+    run.step()
+    assert len(rows) == 5 and asked
+
+
+def test_guards_that_are_others_are_done_without():
+    code = """
+import torch._C._dynamo.guards as guards
+class Others:
+    def __init__(self, tensors): pass
+guards.TensorGuards = Others
+from hf_schedulefree.optim import repeated
+assert repeated.TensorGuards is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("count", [1, 4])

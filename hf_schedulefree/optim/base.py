@@ -222,6 +222,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         if self.param_groups:
             param_group.setdefault("train_mode", self.mode == "train")
         super().add_param_group(param_group)
+        self._repeated.clear()  # with more parameters, other implementations may be chosen for the earlier groups, too
         group = self.param_groups[-1]
         for p in group["params"]:
             if p.is_complex():
@@ -249,13 +250,13 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             RuntimeError: in eval mode, or for sparse gradients.
         """
         former = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)  # what torch.no_grad() does through ten of Python's calls
         try:
-            return self._step(closure)
+            torch.set_grad_enabled(False)  # what torch.no_grad() does through ten of Python's calls
+            return self._step_in_no_grad(closure)
         finally:
             torch.set_grad_enabled(former)
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _step_in_no_grad(self, closure: Callable[[], Any] | None) -> Any:
         if self._is_dry_run():
             self.init_state()
             return None

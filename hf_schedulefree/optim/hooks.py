@@ -15,12 +15,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that takes the way around which torch leads it if it is watched, and else the direct one."""
+    """A step that takes the way around which torch leads it if it is watched, and else the direct one.
+
+    With a closure it takes that way, too: the closure may register hooks. Observers of execution traces are not seen.
+    """
     watched = Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
     def step_or_watched(*args: Any, **options: Any) -> Any:
-        return (watched if is_watched(args[0]) else step)(*args, **options)
+        return (watched if options or len(args) > 1 or is_watched(args[0]) else step)(*args, **options)
 
     return step_or_watched
 

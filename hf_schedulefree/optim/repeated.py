@@ -19,11 +19,16 @@ from hf_schedulefree.optim.precision import Y_LOW, RandomKey
 
 try:
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is not public
+
+    TensorGuards(torch.empty(0), dynamic_dims_sizes=None, dynamic_dims_strides=None).check(torch.empty(0))
+except (ImportError, AttributeError, TypeError, RuntimeError):  # it is not public: absent, or another one
     TensorGuards = None
 
 _PLAIN = frozenset(kernels.PLAIN_TENSORS)
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
+
+# A group's states are found by their order if all states are at most so many times as many.
+_MANY = 8
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -80,9 +85,12 @@ class RepeatedStep:
         self._dtype, self._device = self._y[0].dtype, self._y[0].device
         self._keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
         tensors = list(chain.from_iterable(columns.values()))
-        # Where the states lie among all: to look each of them up takes longer, as torch computes hashes in Python.
-        order = {id(p): place for place, p in enumerate(states)}
-        self._places = _items([order[id(p)] for p in self._y])
+        # Where the states lie among all, unless these are few of them: to look each of them up takes longer, as torch
+        # computes hashes in Python.
+        self._places = None
+        if len(states) <= _MANY * len(self._y):
+            order = {id(p): place for place, p in enumerate(states)}
+            self._places = _items([order[id(p)] for p in self._y])
         self._kinds = Kinds(tensors)
         self._addresses = list(map(Tensor.data_ptr, tensors[: -len(self._y)]))
 
@@ -133,11 +141,14 @@ class RepeatedStep:
         if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
             return False
         try:
-            if not _are_same(self._places(list(states)), self._y):
+            if self._places is None:
+                own = list(map(states.get, self._y))
+            elif _are_same(self._places(list(states)), self._y):
+                own = self._places(list(states.values()))
+            else:
                 return False
-            own = self._places(list(states.values()))
             state = [list(map(itemgetter(key), own)) for key in self._keys]
-        except (IndexError, KeyError):  # fewer states; a state without this
+        except (IndexError, KeyError, TypeError):  # fewer states; a state without this; no state
             return False
         kept, grads = list(chain(self._y, *state)), list(map(_gradient, self._y))
         if not self._kinds.are_those_of(kept + grads) or list(map(Tensor.data_ptr, kept)) != self._addresses:
