@@ -368,6 +368,32 @@ DIRECTIONS = {
 }
 
 
+NAN_BITS = {torch.float32: [0x7FFFFFFF, 0x7FFF8000, 0x7F800001, -1], torch.bfloat16: [0x7FFF, 0x7FC0, 0x7F81, -1]}
+
+
+@pytest.mark.parametrize("implementation", ["for-loop", None])
+@pytest.mark.parametrize("state_precision", KEEPING)
+@pytest.mark.parametrize("where", ["p", "z", "exp_avg_sq", "grad"])
+def test_every_nan_stays_one_in_what_is_shown_and_what_is_kept(where, state_precision, implementation):
+    storage, count = precision.storage_for(torch.bfloat16, state_precision), 67
+    torch.manual_seed(0)
+    p, grad = torch.randn(count).bfloat16(), torch.randn(count).bfloat16()
+    state = {"z": torch.randn(count).to(storage.z), "exp_avg_sq": torch.rand(count).to(storage.moments)}
+    if storage.low_bits:
+        state["y_low"] = torch.randint(-(2**15), 2**15, (count,)).to(torch.int16)
+    target = {"p": p, "grad": grad, **state}[where]
+    bits = torch.tensor(NAN_BITS[target.dtype], dtype={2: torch.int16, 4: torch.int32}[target.itemsize])
+    target[:4] = target[-4:] = bits.view(target.dtype)
+    if where == "p" and storage.low_bits:
+        state["y_low"][:] = 0  # as it is where y is NaN
+    row = precision_step.HalfRow(p, grad, state, storage, precision.RandomKey(7, 1))
+    numbers = StepNumbers(0.01, 0.9, 0.2, 0.1, directions.adaptive(0.99, 1e-8, 5), k=5)
+    precision_step.step_([row], numbers, implementation)
+    for shown in (p, precision.wide(p, state), state["z"]):
+        nan = shown.isnan()
+        assert nan[:4].all() and nan[-4:].all() and not nan[4:-4].any()
+
+
 @pytest.mark.parametrize("state_precision", KEEPING)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_compiled_step_is_that_of_torchs_operations(direction, state_precision):

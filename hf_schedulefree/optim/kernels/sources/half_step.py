@@ -128,8 +128,8 @@ def _step_pairs(places, pairs, h, key, plain, kind, low_bits, kept, wide, is_ran
             v_b = np.float32(v[2 * i + 1]) if wide else _value(_second(v[i]))
         y_next_a, z_a, v_a = update(kind, y_a, z_a, v_a, _value(_first(g[i])), plain)
         y_next_b, z_b, v_b = update(kind, y_b, z_b, v_b, _value(_second(g[i])), plain)
-        h_a = add(h, multiply(i, shift_left(_INDEX, 1)))
-        random_a, random_b = _random(h_a, key), _random(add(h_a, _INDEX), key)
+        random_a, random_b = _random(h, key), _random(add(h, _INDEX), key)
+        h = add(h, shift_left(_INDEX, 1))
         if wide:
             z[2 * i], z[2 * i + 1] = z_a, z_b
             if kind != PLAIN:
@@ -143,7 +143,9 @@ def _step_pairs(places, pairs, h, key, plain, kind, low_bits, kept, wide, is_ran
                 v_bits_b = _rounded(v_b, is_random, _bits_for_v(random_b))
                 v[i] = _word(v_bits_a, v_bits_b)
         if low_bits:
-            bits_a, bits_b = _bits(_usual(y_next_a)), _bits(_usual(y_next_b))
+            # From z and v in float32 a NaN of any kind may come.
+            bits_a = _bits(_usual(y_next_a) if wide else y_next_a)
+            bits_b = _bits(_usual(y_next_b) if wide else y_next_b)
             y[i] = _word(add(bits_a, 0x8000), add(bits_b, 0x8000))
             y_low[i] = merged(both(bits_a, 0xFFFF), shift_left(bits_b, 16))
         else:
