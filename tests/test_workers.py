@@ -34,27 +34,14 @@ SHORT = [
     case for case in ALL if case[0] != "half_step.step" or case in {("half_step.step", True, False, True, NORMALIZE)}
 ]
 
-STEPS = """
-import sys, torch
-from hf_schedulefree.optim import AdamWScheduleFree
-torch.manual_seed(0)
-p = torch.nn.Parameter(torch.randn(40_001))
-optimizer = AdamWScheduleFree([p], lr=0.01, implementation="fused", park="residual")
-optimizer.train()
-for _ in range(3):
-    p.grad = torch.randn_like(p)
-    optimizer.step()
-optimizer.eval()
-optimizer.train()
-print(p.double().sum().item().hex(), "numba" in sys.modules)
-"""
-
 
 def steps(folder: Path, **environment: str) -> list[str]:
     """The sum of the weights after some steps in a process of its own, and whether it loaded numba."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    code = "import sys; from test_workers import steps_here; print(steps_here(), 'numba' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    here = Path(__file__).parent
+    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=True).stdout.split()
 
 
 @pytest.fixture

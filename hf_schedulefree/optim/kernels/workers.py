@@ -106,7 +106,7 @@ def _keep(file: str, code: bytes) -> None:
                     stream.write(_digest(folder / file, code) + code)
                 os.replace(aside, folder / file)
             except BaseException:
-                os.unlink(aside)
+                Path(aside).unlink(missing_ok=True)  # it may have its name already
                 raise
             return
 
