@@ -110,7 +110,7 @@ class StreamedSaveMixin:
         return (
             self.args.device.type in ("cpu", "cuda")
             and not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sagemaker_mp_enabled())
-            and not self.is_distributed_loading_by_transformers
+            and not getattr(self, "is_distributed_loading_by_transformers", False)  # from transformers 5.19 on
             and getattr(self.args, "save_safetensors", True)
         )
 

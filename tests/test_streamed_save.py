@@ -259,6 +259,17 @@ def test_what_is_written_is_x_and_not_y(tmp_path):
         assert (written[name] - y[name]).abs().max() > 1e-4, name
 
 
+def test_the_trainer_of_an_older_transformers_streams_too(tmp_path, switches):
+    """Before 5.19 it had no attribute for models that were sharded while they were loaded."""
+
+    def save(trainer):
+        vars(trainer).pop("is_distributed_loading_by_transformers", None)
+        save_both_ways(trainer, tmp_path, switches)
+
+    in_training(tmp_path / "run", llama(), save)
+    assert_same_files(tmp_path / "streamed", tmp_path / "ordinary")
+
+
 @pytest.mark.parametrize("case", ["gpt2, tied", "bfloat16 split", "without a gradient", "lora"])
 def test_checkpoints_are_the_same_and_resume_to_the_same_bits(case, tmp_path, switches):
     build, options = STREAMED[case]
