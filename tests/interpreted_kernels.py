@@ -5,7 +5,9 @@ In a process of its own: TRITON_INTERPRET must be set before triton is imported,
 
 import pytest
 import torch
+import triton
 from cases import CASES
+from packaging.version import Version
 from tape import Tape
 from test_kernels import (
     DIRECTIONS,
@@ -20,6 +22,7 @@ from test_kernels import (
     tensors,
 )
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime import interpreter
 
 from hf_schedulefree.optim import AdamWScheduleFree, kernels, precision, precision_step
 from hf_schedulefree.optim.kernels import one_pass_cuda, one_pass_triton, torch_ops
@@ -36,6 +39,21 @@ def triton_step(*args):
 TOLERANCE[torch.float16] = 2**-11
 
 KEEPING = ("split", "stochastic", "full")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounds_of_loops():
+    """Before 3.7 the interpreter makes numbers of arrays of one element in a way that numpy 2.4 refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if Version(triton.__version__) < Version("3.7"):
+            usual = interpreter._patch_lang_tensor
+
+            def patched(tensor, *rest):
+                usual(tensor, *rest)
+                tensor.__index__ = lambda self: self.handle.data.item()
+
+            patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
 
 
 @pytest.fixture
