@@ -54,7 +54,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         if spec is not None:
             spec.kwargs(self.args)
         if spec is not None or self._switch is not None:
-            weights.refuse_unsupported(self.accelerator, self.args, self.optimizer)
+            weights.refuse_unsupported(self.accelerator, self.args, self.optimizer, self.model)
         self._give_callbacks_their_weights()
 
     # Which weights are shown
@@ -227,6 +227,8 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
             schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
         elif loads:
+            if self.args.device.type == "cpu" and self.args.device.index is not None:
+                weights.numbered_cpu_known()
             super()._load_optimizer_and_scheduler(checkpoint)
         if self._fresh_optimizer:
             return self._start_fresh_optimizer()

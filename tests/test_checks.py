@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
 from hf_schedulefree.optim import AdamWScheduleFree
 from hf_schedulefree.weights import refuse_unsupported
@@ -77,3 +78,16 @@ def test_optimizers_of_other_packages_are_refused_where_the_state_is_sharded():
     for runs in (fsdp(), deepspeed()):
         with pytest.raises(ValueError, match="not supported"):
             refuse_unsupported(runs, ARGUMENTS, optimizer)
+
+
+def test_a_sharded_model_is_refused_where_the_trainer_would_wrap_it_for_ddp():
+    """As that of transformers before 5.19 does with a model that was sharded while it was loaded."""
+    model = nn.Linear(2, 2)
+    model.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    for runs in (accelerator(DistributedType.NO), fsdp()):
+        refuse_unsupported(runs, ARGUMENTS, None, model)
+    ddp = accelerator(DistributedType.MULTI_GPU)
+    with pytest.raises(ValueError, match=r"transformers to 5\.19"):
+        refuse_unsupported(ddp, ARGUMENTS, None, model)
+    model.is_distributed_loading_by_transformers = True
+    refuse_unsupported(ddp, ARGUMENTS, None, model)

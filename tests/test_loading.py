@@ -1,13 +1,11 @@
-"""DeepSpeed's loader executes nothing that it finds in a file."""
+"""DeepSpeed's loader executes nothing that it finds in a file; loading to a CPU with a number."""
 
 import pickle
 
 import pytest
 import torch
 
-from hf_schedulefree.weights import only_data_loaded
-
-pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+from hf_schedulefree.weights import numbered_cpu_known, only_data_loaded
 
 
 class Evil:
@@ -19,6 +17,7 @@ class Evil:
 
 
 def test_code_in_a_file_is_refused_and_deepspeeds_own_classes_are_not(tmp_path):
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -38,3 +37,13 @@ def test_code_in_a_file_is_refused_and_deepspeeds_own_classes_are_not(tmp_path):
     assert not (tmp_path / "was here").exists()
     engine.load(str(tmp_path / "bad.pt"))
     assert (tmp_path / "was here").exists()  # or the refusal would prove nothing
+
+
+def test_a_cpu_with_a_number_is_the_cpu(tmp_path):
+    """The real case, DDP resumed on CPU, is in `distributed`; it needs this with transformers 5.17 only."""
+    torch.save({"z": torch.arange(3.0)}, tmp_path / "optimizer.pt")
+    numbered_cpu_known()
+    loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu:1"), weights_only=True)["z"]
+    assert loaded.device == torch.device("cpu") and torch.equal(loaded, torch.arange(3.0))
+    with pytest.raises(RuntimeError, match="restore data location"):
+        torch.load(tmp_path / "optimizer.pt", map_location="nowhere:0", weights_only=True)

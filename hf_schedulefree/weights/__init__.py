@@ -23,7 +23,7 @@ from hf_schedulefree.weights.casts import casts_undone
 from hf_schedulefree.weights.checks import refuse_unsupported
 from hf_schedulefree.weights.engines import Engine, engine_for, optimizer_saves_allowed, unwrap_optimizer
 from hf_schedulefree.weights.foreign import foreign_switch
-from hf_schedulefree.weights.loading import only_data_loaded
+from hf_schedulefree.weights.loading import numbered_cpu_known, only_data_loaded
 from hf_schedulefree.weights.switch import EngineSwitch, WeightSwitch
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "averaged_weights",
     "casts_undone",
     "engine_for",
+    "numbered_cpu_known",
     "only_data_loaded",
     "optimizer_saves_allowed",
     "refuse_unsupported",

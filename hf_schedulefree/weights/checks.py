@@ -4,18 +4,22 @@ import os
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 
 
-def refuse_unsupported(accelerator: Accelerator, args: Any, optimizer: Any = None) -> None:
+def refuse_unsupported(
+    accelerator: Accelerator, args: Any, optimizer: Any = None, model: nn.Module | None = None
+) -> None:
     """Refuse the set-ups in which schedule-free training could not be right.
 
     Args:
         accelerator: what the Trainer made of its arguments and of the environment.
         args: the `TrainingArguments`.
         optimizer: the optimizer that the user gave to the Trainer, if any.
+        model: the model as the user gave it.
 
     Raises:
         ValueError: the engine asked for does not run, or does not let the optimizer switch between x and y.
@@ -39,6 +43,14 @@ def refuse_unsupported(accelerator: Accelerator, args: Any, optimizer: Any = Non
         raise ValueError(
             f"{type(optimizer).__name__} under {running.value} is not supported: it comes back to y by arithmetic, and "
             "what the exact way needs would not be saved. Use an optimizer of hf_schedulefree.optim, or DDP."
+        )
+    loaded_in_shards = getattr(model, "is_distributed_loading_by_transformers", False)
+    if isinstance(model, FSDPModule) and not loaded_in_shards and not sharded and running != DistributedType.NO:
+        raise ValueError(
+            f"The model is sharded already (FSDP2), but accelerate runs {running.value} and would wrap it for DDP. If "
+            "from_pretrained(..., distributed_config=...) sharded it, update transformers to 5.19 or later, whose "
+            "Trainer knows such models. Else let the Trainer shard it: TrainingArguments(fsdp=True, "
+            "fsdp_config={'version': 2})."
         )
     if running == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin)

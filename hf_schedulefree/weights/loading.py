@@ -1,6 +1,7 @@
-"""`only_data_loaded`: DeepSpeed resumes from a checkpoint without executing code that somebody may have put into it."""
+"""Where the hosts' own way to load a checkpoint is not safe, or fails."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,3 +37,18 @@ def only_data_loaded(deepspeed_runs: bool) -> Iterator[None]:
         yield
     finally:
         TorchCheckpointEngine.load = former
+
+
+@functools.cache
+def numbered_cpu_known() -> None:
+    """From now on `torch.load(..., map_location="cpu:0")` loads to the CPU.
+
+    In several processes on CPU the Trainer's device has a number, and the Trainer of transformers 5.17 loads the
+    optimizer to it, at which torch fails. Can go when 5.18 is the oldest supported.
+    """
+
+    def load(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+        return storage if location.startswith("cpu:") else None
+
+    # Asked after torch's own, so that nothing changes where these know the device.
+    torch.serialization.register_package(1000, lambda storage: None, load)

@@ -39,7 +39,6 @@ class Run:
     """What one engine left: `ranks` has the numbers of each process, `weights` what a file holds."""
 
     def __init__(self, engine, folder):
-        needs_its_engine(engine)
         self.row = ENGINES[engine]
         self.folder = folder / engine
         parts = list(PARTS if engine in MATRIX else ("trajectory",))
@@ -66,6 +65,7 @@ def runs(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("engines"), {}
 
     def run(engine):
+        needs_its_engine(engine)
         if engine not in made:
             made[engine] = None
             made[engine] = Run(engine, folder)
