@@ -24,7 +24,6 @@ try:
 except (ImportError, AttributeError, TypeError, RuntimeError):  # it is not public: absent, or another one
     TensorGuards = None
 
-_PLAIN = frozenset(kernels.PLAIN_TENSORS)
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 # A group's states are found by their order if all states are at most so many times as many.
@@ -112,9 +111,9 @@ class RepeatedStep:
         storage = precision.storage_for(dtype, choices.state_precision)
         dtypes = (dtype, storage.z, storage.moments) if storage else (dtype, dtype, dtype)
         if (
-            not all(_alike(some, kind, index) for some, kind in zip((y, z, v), dtypes, strict=True))
-            or not _alike(grads, dtype, index)
-            or not _alike(y_low, torch.int16, index)
+            not all(kernels.are_alike(some, kind, index) for some, kind in zip((y, z, v), dtypes, strict=True))
+            or not kernels.are_alike(grads, dtype, index)
+            or not kernels.are_alike(y_low, torch.int16, index)
             or bool(y_low) != bool(storage and storage.low_bits)
             or not all(list(map(Tensor.numel, some)) == list(map(Tensor.numel, y)) for some in columns.values() if some)
             or any(p.numel() >= 2**32 for p in y)
@@ -190,14 +189,3 @@ def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
 
 def _has_gradient(p: Tensor) -> bool:
     return p.grad is not None
-
-
-def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: int) -> bool:
-    """Whether all are plain and contiguous, of one dtype, on one device (as `Tensor.get_device` has it)."""
-    return (
-        _PLAIN.issuperset(map(type, tensors))
-        and all(map(Tensor.is_contiguous, tensors))
-        and list(map(_dtype, tensors)).count(dtype) == len(tensors)
-        and list(map(Tensor.get_device, tensors)).count(device) == len(tensors)
-        and all(map(kernels.is_in_memory, tensors))
-    )

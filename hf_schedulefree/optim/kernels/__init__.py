@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import Literal
 
@@ -35,6 +36,7 @@ Row = tuple[Tensor, Tensor, Tensor | None, Tensor]
 _CHUNK_ELEMENTS = 2**22
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN, _dtype = frozenset(PLAIN_TENSORS), attrgetter("dtype")
 ONE_PASS_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on CPU
 _ONE_PASS_DTYPES = {"cpu": ONE_PASS_DTYPES, "cuda": (*ONE_PASS_DTYPES, torch.float16)}
 FUSED_DTYPES = (torch.float32, torch.float64)
@@ -120,16 +122,30 @@ def switch_kernel() -> ModuleType | None:
 
 def all_plain_and_alike(rows: Sequence[Row]) -> bool:
     """Whether `dense` takes all rows as they are, into one bucket: the usual case, asked without a call per row."""
-    dtype, device = rows[0][0].dtype, rows[0][0].device
-    sizes = [row[0].numel() for row in rows]
-    for column in zip(*rows, strict=True):
-        if column[0] is not None:
-            for t in column:
-                if type(t) not in PLAIN_TENSORS or not t.is_contiguous() or t.dtype != dtype or t.device != device:
-                    return False
-            if [t.numel() for t in column] != sizes or not all(map(is_in_memory, column)):
-                return False
-    return True
+    columns = [column for column in zip(*rows, strict=True) if column[0] is not None]
+    y = columns[0]
+    sizes = list(map(Tensor.numel, y))
+    return all(
+        are_alike(column, y[0].dtype, y[0].get_device()) and list(map(Tensor.numel, column)) == sizes
+        for column in columns
+    )
+
+
+def are_alike(tensors: Sequence[Tensor | None], dtype: torch.dtype, device: int) -> bool:
+    """Whether all are plain tensors, contiguous and in memory, of one dtype, on one device (as of `get_device`)."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and list(map(_dtype, tensors)).count(dtype) == len(tensors)
+        and list(map(Tensor.get_device, tensors)).count(device) == len(tensors)
+        and are_in_memory(tensors)
+    )
+
+
+def are_in_memory(tensors: Sequence[Tensor]) -> bool:
+    """`is_in_memory` for all of them."""
+    usual = all(map(Tensor.data_ptr, tensors)) and not any(map(Tensor.is_neg, tensors))
+    return usual or all(map(is_in_memory, tensors))  # the usual case without a call per tensor
 
 
 def is_in_memory(tensor: Tensor) -> bool:
