@@ -53,8 +53,8 @@ class Modes:
             beta, started = self._beta(group), self._started(group)
             if self._one_pass and self.park != "copy":
                 self._residuals.park(group, started, beta)
-            parked = self._residuals.params(group)
-            copied = [(p, state) for p, state in started if p not in parked]
+            parked = set(map(id, self._residuals.params(group)))
+            copied = [(p, state) for p, state in started if id(p) not in parked]
             for p, state in copied:
                 if "y" not in state:
                     state["y"] = pages.copy_of(p)

@@ -40,9 +40,9 @@ class Residuals:
         for residual in self._of_group[id(group)]:
             residual.park()
 
-    def params(self, group: Mapping[str, Any]) -> set[Tensor]:
+    def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters of a group that are parked here."""
-        return {p for residual in self._of_group.get(id(group), ()) for p in residual.params}
+        return [p for residual in self._of_group.get(id(group), ()) for p in residual.params]
 
     def intact(self) -> bool:
         """Whether all parameters that are parked here hold x."""
@@ -86,16 +86,15 @@ def _residuals(started: Iterable[Started], beta: float) -> "list[ParkedResidual]
         return []
     from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
 
-    by_dtype: dict[object, list[tuple[Tensor, Tensor]]] = {}
-    rows = [(p, state["z"], None, state["z"]) for p, state in started if "y" not in state]
-    alike = bool(rows) and kernels.all_plain_and_alike(rows)
-    for p, z, *_ in rows:
-        if not alike and sharding.is_sharded(p):
+    rows = [(p, state["z"]) for p, state in started if "y" not in state]
+    if not rows or not kernels.all_plain_and_alike(rows):
+        if any(sharding.is_sharded(p) for p, _ in rows):
             return []  # all processes must agree before they go back
-        dense = alike or kernels.dense((p, z, None, z)) is not None
-        if dense and p.dtype in DTYPES and p.device.type == "cpu":
-            by_dtype.setdefault(p.dtype, []).append((p, z))
-    parts = (part for rows in by_dtype.values() for part in _parts(rows))
+        rows = [(p, z) for p, z in rows if kernels.dense((p, z, None, z)) is not None]
+    by_kind: dict[object, list[tuple[Tensor, Tensor]]] = {}
+    for kind, some in itertools.groupby(rows, lambda row: (row[0].device.type, row[0].dtype)):
+        by_kind.setdefault(kind, []).extend(some)
+    parts = (part for dtype in DTYPES for part in _parts(by_kind.get(("cpu", dtype), ())))
     return [ParkedResidual(*map(list, zip(*part, strict=True)), beta) for part in parts]
 
 
