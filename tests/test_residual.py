@@ -41,6 +41,11 @@ def threads(count):
     return before
 
 
+@pytest.fixture(autouse=True, params=[0, 2**62], ids=["past caches", "through caches"])
+def both_ways_to_write(request, monkeypatch):
+    monkeypatch.setattr(residual_cpu, "_BEYOND_CACHES", request.param)
+
+
 @DTYPES
 @pytest.mark.parametrize("beta", [0.9, 0.98, 0.5, 0.1])
 @pytest.mark.parametrize("count", [1, 3])

@@ -19,6 +19,9 @@ from hf_schedulefree.optim.kernels import threads
 NEXT, ROWS, AT_ONCE, TABLE, NUMBERS, COUNTED, EXTRA = range(7)
 SLOTS = 7
 
+# Bytes that processors move at a time.
+CACHE_LINE = 64
+
 # Elements that pay for waking one more thread.
 _ELEMENTS_PER_THREAD = 2**14
 

@@ -28,6 +28,9 @@ _BLOCKS_AT_ONCE = 64
 # one would come from the system, page by page.
 _BLOCKS_PER_PIECE = 2**12
 
+# Residuals of so many bytes are not expected to be in a cache when they are needed.
+_BEYOND_CACHES = 2**22
+
 # Columns of the table, one row per block. KEPT_AT: where in the list of whole elements its own begin, or HOLDS_Y.
 PARAMETER, Z, RESIDUAL, ELEMENTS, KEPT_AT, SUM_1, SUM_2 = range(7)
 COLUMNS = 7
@@ -60,10 +63,13 @@ class ParkedResidual:
         self._table[:, KEPT_AT] = HOLDS_Y
         self._residuals = []
         for start in range(0, len(self._table), _BLOCKS_PER_PIECE):
-            sizes = self._blocks.elements[start : start + _BLOCKS_PER_PIECE]
-            ends = np.cumsum(sizes)
-            self._residuals.append(np.empty(ends[-1], np.int8))
-            self._table[start : start + len(sizes), RESIDUAL] = self._residuals[-1].ctypes.data + ends - sizes
+            some = slice(start, start + _BLOCKS_PER_PIECE)
+            lines = -(-self._blocks.elements[some] // jobs.CACHE_LINE)  # each block has whole ones to itself
+            ends = np.cumsum(lines)
+            self._residuals.append(np.empty((ends[-1] + 1) * jobs.CACHE_LINE, np.int8))
+            first = -(-self._residuals[-1].ctypes.data // jobs.CACHE_LINE)
+            self._table[some, RESIDUAL] = (first + ends - lines) * jobs.CACHE_LINE
+        self._past_caches = sum(piece.nbytes for piece in self._residuals) >= _BEYOND_CACHES
         self._job = jobs.Job(self._table, sum(self._sizes), len(self._weights), at_once=_BLOCKS_AT_ONCE)
 
     @property
@@ -78,7 +84,7 @@ class ParkedResidual:
         room = np.empty(used + int(self._table[to_park, ELEMENTS].sum()), self._kept.dtype)
         room[:used] = self._kept
         self._kept = room
-        used = self._run(self._work("park"), self.params, counted=used)
+        used = self._run(self._work("park", self._past_caches), self.params, counted=used)
         torch.autograd.graph.increment_version(self.params)
         self._kept = room[:used].copy()
 

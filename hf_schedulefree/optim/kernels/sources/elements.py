@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hf_schedulefree.optim.kernels.jobs import AT_ONCE, COUNTED, EXTRA, NEXT, NUMBERS, ROWS, SLOTS, TABLE
+from hf_schedulefree.optim.kernels.jobs import AT_ONCE, CACHE_LINE, COUNTED, EXTRA, NEXT, NUMBERS, ROWS, SLOTS, TABLE
 
 
 @intrinsic
@@ -42,6 +43,23 @@ def stack(typing_context, elements):
         return builder.ptrtoint(place, cgutils.intp_t)
 
     return types.int64(elements), generate
+
+
+_LINE = ir.VectorType(cgutils.intp_t, CACHE_LINE // 8)
+
+
+@intrinsic
+def write_past_caches(typing_context, source, target):
+    """Copy a cache line to an address that is written to, and not read, in the near future; both are aligned."""
+
+    def generate(context, builder, signature, args):
+        source, target = (builder.inttoptr(address, _LINE.as_pointer()) for address in args)
+        written = builder.store(builder.load(source, align=CACHE_LINE), target, align=CACHE_LINE)
+        one = ir.Constant(cgutils.int32_t, 1)
+        written.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
 
 
 @njit

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
+from hf_schedulefree.optim.kernels.jobs import CACHE_LINE
 from hf_schedulefree.optim.kernels.residual_cpu import (
     BLOCK,
     COLUMNS,
@@ -26,35 +27,69 @@ from hf_schedulefree.optim.kernels.sources.elements import (
     rows_and_numbers,
     stack,
     take_rows,
+    write_past_caches,
 )
 
 _INTEGERS = {4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
-# The residual of an element that is kept whole.
-_WHOLE = -128
+# A residual beyond these is one of them, and its element is kept whole.
+_LOWEST, _HIGHEST = -128, 127
 
 _STRIDE, _FACTOR = 0x9E3779B1, 0x85EBCA77  # odd
+
+# Memory within a worker, counted in 8 bytes: for residuals, with room to begin at a cache line, and for places of
+# elements, of 2 bytes each.
+_RESIDUALS, _PLACES = (BLOCK + CACHE_LINE) // 8, BLOCK // 4
+
+
+@njit(inline="always")
+def _added(bits, place, sum_1, sum_2, constants):
+    """The checksum with one more element: any change of a single one changes `sum_1`."""
+    unsigned, stride, factor, half = constants
+    place = unsigned(place + stride)
+    mixed = unsigned((unsigned(bits) ^ place) * factor)
+    return place, unsigned(sum_1 + mixed), unsigned(sum_2 + unsigned(mixed >> half) * mixed)
 
 
 @njit
 def _any_whole(residual):
-    lowest = np.int8(0)
+    lowest = highest = np.int8(0)
     for i in range(residual.size):
-        lowest = min(lowest, residual[i])
-    return lowest == _WHOLE
+        lowest, highest = min(lowest, residual[i]), max(highest, residual[i])
+    return lowest == _LOWEST or highest == _HIGHEST
 
 
-def park(dtype: str) -> Callable[[int], None]:
-    """y in the parameter becomes x, in all blocks that hold y."""
+@njit(inline="always")
+def _find_whole(residuals, elements, places):
+    """Write the places of the elements that are kept whole; returns how many these are."""
+    found = 0
+    for start in range(0, elements, CACHE_LINE):
+        part = carray(pointer(residuals + start), min(elements - start, CACHE_LINE), np.int8)
+        if _any_whole(part):
+            for i in range(part.size):
+                if part[i] == _LOWEST or part[i] == _HIGHEST:
+                    places[found] = start + i
+                    found += 1
+    return found
+
+
+def park(dtype: str, past_caches: bool) -> Callable[[int], None]:
+    """y in the parameter becomes x, in all blocks that hold y.
+
+    With `past_caches`, residuals are written to memory at once, whole lines, which need not be read before: for more of
+    them than the caches hold.
+    """
     real = TYPES[dtype][1]
     size = np.dtype(real).itemsize
     whole, unsigned = _INTEGERS[size]
-    stride, factor, half = unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
+    constants = unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
 
     def park(job):
         table, numbers = rows_and_numbers(job, COLUMNS, 2)
         to_x, to_y = real(numbers[0]), real(numbers[1])
         former = carray(pointer(stack(BLOCK)), BLOCK, whole)
+        aside = (stack(_RESIDUALS) + (CACHE_LINE - 1)) & -CACHE_LINE
+        places = carray(pointer(stack(_PLACES)), BLOCK, np.uint16)
         while True:
             first, last = take_rows(job)
             if first == last:
@@ -65,32 +100,27 @@ def park(dtype: str) -> Callable[[int], None]:
                 elements = table[row, ELEMENTS]
                 p = carray(pointer(table[row, PARAMETER]), elements, whole)
                 z = carray(pointer(table[row, Z]), elements, real)
-                residual = carray(pointer(table[row, RESIDUAL]), elements, np.int8)
+                residuals = aside if past_caches else table[row, RESIDUAL]
+                residual = carray(pointer(residuals), elements, np.int8)
                 sum_1 = sum_2 = place = unsigned(0)
                 for i in range(elements):
                     former[i] = p[i]
                     x_i = real(extrapolated(whole(p[i]).view(real), z[i], to_x))
                     y_i = real(extrapolated(x_i, z[i], to_y))
-                    shifted = unsigned(whole(p[i] - y_i.view(whole)) + 127) if y_i == y_i else unsigned(255)
-                    residual[i] = np.int8(shifted - 127) if shifted < unsigned(255) else np.int8(_WHOLE)
+                    beyond = whole(p[i] - y_i.view(whole)) if y_i == y_i else whole(_HIGHEST)
+                    residual[i] = np.int8(min(max(beyond, whole(_LOWEST)), whole(_HIGHEST)))
                     p[i] = x_i.view(whole)
-                    # The checksum: any change of one element changes sum_1.
-                    place = unsigned(place + stride)
-                    mixed = unsigned((x_i.view(unsigned) ^ place) * factor)
-                    sum_1 = unsigned(sum_1 + mixed)
-                    sum_2 = unsigned(sum_2 + unsigned(mixed >> half) * mixed)
+                    place, sum_1, sum_2 = _added(x_i.view(unsigned), place, sum_1, sum_2, constants)
+                if past_caches:
+                    for start in range(0, elements, CACHE_LINE):
+                        write_past_caches(aside + start, table[row, RESIDUAL] + start)
                 kept_at = 0
                 if _any_whole(residual):
-                    others = 0
-                    for i in range(elements):
-                        others += residual[i] == _WHOLE
+                    others = _find_whole(residuals, elements, places)
                     kept_at = count(job, others)
                     kept = carray(pointer(extra(job) + size * kept_at), others, whole)
-                    at = 0
-                    for i in range(elements):
-                        if residual[i] == _WHOLE:
-                            kept[at] = former[i]
-                            at += 1
+                    for i in range(others):
+                        kept[i] = former[places[i]]
                 table[row, SUM_1], table[row, SUM_2] = np.int64(sum_1), np.int64(sum_2)
                 table[row, KEPT_AT] = kept_at
 
@@ -102,12 +132,13 @@ def restore(dtype: str, compares_only: bool) -> Callable[[int], None]:
     real = TYPES[dtype][1]
     size = np.dtype(real).itemsize
     whole, unsigned = _INTEGERS[size]
-    stride, factor, half = unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
+    constants = unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
 
     def restore(job):
         table, numbers = rows_and_numbers(job, COLUMNS, 2)
         to_y = real(numbers[1])
         former = carray(pointer(stack(BLOCK)), BLOCK, whole)
+        places = carray(pointer(stack(_PLACES)), BLOCK, np.uint16)
         while True:
             first, last = take_rows(job)
             if first == last:
@@ -121,10 +152,7 @@ def restore(dtype: str, compares_only: bool) -> Callable[[int], None]:
                 residual = carray(pointer(table[row, RESIDUAL]), elements, np.int8)
                 sum_1 = sum_2 = place = unsigned(0)
                 for i in range(elements):
-                    place = unsigned(place + stride)
-                    mixed = unsigned((unsigned(p[i]) ^ place) * factor)
-                    sum_1 = unsigned(sum_1 + mixed)
-                    sum_2 = unsigned(sum_2 + unsigned(mixed >> half) * mixed)
+                    place, sum_1, sum_2 = _added(p[i], place, sum_1, sum_2, constants)
                     if not compares_only:
                         former[i] = p[i]
                         y_i = real(extrapolated(whole(p[i]).view(real), z[i], to_y))
@@ -138,12 +166,10 @@ def restore(dtype: str, compares_only: bool) -> Callable[[int], None]:
                 if compares_only:
                     continue
                 if _any_whole(residual):
-                    kept = carray(pointer(extra(job) + size * kept_at), elements, whole)
-                    at = 0
-                    for i in range(elements):
-                        if residual[i] == _WHOLE:
-                            p[i] = kept[at]
-                            at += 1
+                    others = _find_whole(table[row, RESIDUAL], elements, places)
+                    kept = carray(pointer(extra(job) + size * kept_at), others, whole)
+                    for i in range(others):
+                        p[places[i]] = kept[i]
                 table[row, KEPT_AT] = HOLDS_Y
 
     return restore
