@@ -25,7 +25,7 @@ ALL = [
     *(("step.step", dtype, kind) for dtype in ("float32", "float64") for kind in KINDS),
     *(("switch.write", dtype, compares, False, False) for dtype in ("float32", "float64") for compares in EITHER),
     *(("switch.write", "bfloat16", a, b, c) for a in EITHER for b in EITHER for c in EITHER),
-    *(("residual.park", dtype) for dtype in ("float32", "float64")),
+    *(("residual.park", dtype, past_caches) for dtype in ("float32", "float64") for past_caches in EITHER),
     *(("residual.restore", dtype, compares) for dtype in ("float32", "float64") for compares in EITHER),
     *(("half_step.step", a, b, c, kind) for a in EITHER for b in EITHER for c in EITHER for kind in KINDS),
 ]
