@@ -8,7 +8,11 @@ from hf_schedulefree.optim.kernels import machine_code
 from hf_schedulefree.optim.kernels.machine_code import UnusableError, load
 
 llvm = pytest.importorskip("llvmlite.binding", reason="needs numba's compiler (the extra `fast`)")
-pytestmark = pytest.mark.skipif(not machine_code.AVAILABLE, reason="Linux on x86-64 only")
+pytestmark = [
+    pytest.mark.skipif(not machine_code.AVAILABLE, reason="Linux on x86-64 only"),
+    # Without types of pointers, as the code below has it; objects are made from numba 0.62 on.
+    pytest.mark.skipif(llvm.llvm_version_info < (16, 0, 0), reason="needs LLVM 16"),
+]
 
 ADD_CONSTANTS = """
 @numbers = internal constant [3 x i64] [i64 40, i64 400, i64 4000]
