@@ -27,7 +27,7 @@ _ELEMENTS_PER_THREAD = 2**14
 
 # Elements of a block, unless a kernel has reasons for another number: long enough for what the memory does ahead of the
 # reader, and short enough that all threads end at about the same time.
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 2**13, 2**16
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 2**13, 2**18
 _BLOCKS_PER_THREAD = 8
 
 
