@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Of a page as it usually is, and of some huge pages.
-_PAGE, _LARGE = 2**12, 2**23
+# Of a page as it usually is, and of a huge one, which a tensor of that size may share with its neighbours.
+_PAGE, _LARGE = 2**12, 2**21
 
 # MADV_HUGEPAGE of Linux.
 _HUGE_PAGES = 14
