@@ -50,7 +50,10 @@ _LINE = ir.VectorType(cgutils.intp_t, CACHE_LINE // 8)
 
 @intrinsic
 def write_past_caches(typing_context, source, target):
-    """Copy a cache line to an address that is written to, and not read, in the near future; both are aligned."""
+    """Copy a cache line to an address that is written to, and not read, in the near future; both are aligned.
+
+    Other threads see it after the next atomic operation of this one: a worker ends with such, in `take_rows`.
+    """
 
     def generate(context, builder, signature, args):
         source, target = (builder.inttoptr(address, _LINE.as_pointer()) for address in args)

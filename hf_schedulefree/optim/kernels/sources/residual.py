@@ -42,6 +42,14 @@ _STRIDE, _FACTOR = 0x9E3779B1, 0x85EBCA77  # odd
 _RESIDUALS, _PLACES = (BLOCK + CACHE_LINE) // 8, BLOCK // 4
 
 
+def _types(dtype: str) -> tuple:
+    """The type of the elements, their size, the integers of that size, and what `_added` needs."""
+    real = TYPES[dtype][1]
+    size = np.dtype(real).itemsize
+    whole, unsigned = _INTEGERS[size]
+    return real, size, whole, (unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1))
+
+
 @njit(inline="always")
 def _added(bits, place, sum_1, sum_2, constants):
     """The checksum with one more element: any change of a single one changes `sum_1`."""
@@ -79,10 +87,8 @@ def park(dtype: str, past_caches: bool) -> Callable[[int], None]:
     With `past_caches`, residuals are written to memory at once, whole lines, which need not be read before: for more of
     them than the caches hold.
     """
-    real = TYPES[dtype][1]
-    size = np.dtype(real).itemsize
-    whole, unsigned = _INTEGERS[size]
-    constants = unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
+    real, size, whole, constants = _types(dtype)
+    unsigned = constants[0]
 
     def park(job):
         table, numbers = rows_and_numbers(job, COLUMNS, 2)
@@ -129,10 +135,8 @@ def park(dtype: str, past_caches: bool) -> Callable[[int], None]:
 
 def restore(dtype: str, compares_only: bool) -> Callable[[int], None]:
     """x in the parameter becomes y, in all blocks that hold x; counts the blocks that hold something else."""
-    real = TYPES[dtype][1]
-    size = np.dtype(real).itemsize
-    whole, unsigned = _INTEGERS[size]
-    constants = unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1)
+    real, size, whole, constants = _types(dtype)
+    unsigned = constants[0]
 
     def restore(job):
         table, numbers = rows_and_numbers(job, COLUMNS, 2)
