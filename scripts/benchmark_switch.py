@@ -25,7 +25,7 @@ def there_and_back(optimizer: torch.optim.Optimizer) -> None:
     optimizer.train()
 
 
-def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict]:
+def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int, keep_gradients: bool) -> list[dict]:
     start = [torch.randn(shape, device=device, dtype=dtype) * 0.02 for shape in shapes(size)]
     count = sum(t.numel() for t in start)
     contenders = {
@@ -40,7 +40,8 @@ def measure(size: str, dtype: torch.dtype, device: torch.device, repeats: int) -
             p.grad = torch.randn_like(p) * 0.01
         for _ in range(2):
             optimizer.step()
-        optimizer.zero_grad()
+        if not keep_gradients:
+            optimizer.zero_grad()  # as the Trainer does before it evaluates
         there_and_back(optimizer)
     optimizers["ours, torch operations"] = optimizers["ours, park='copy'"]
     times: dict[str, list[float]] = {name: [] for name in optimizers}
@@ -81,9 +82,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--keep_gradients", action="store_true", help="do not free them before the switch")
     parser.add_argument("--output_dir", type=Path)
     args = parser.parse_args()
-    rows = [row for size in args.sizes for row in measure(size, getattr(torch, args.dtype), args.device, args.repeats)]
+    dtype, options = getattr(torch, args.dtype), (args.device, args.repeats, args.keep_gradients)
+    rows = [row for size in args.sizes for row in measure(size, dtype, *options)]
     report = f"{environment(args.device)}\n\n{table(rows)}\n"
     print(report)
     if args.output_dir is not None:

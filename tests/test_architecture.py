@@ -14,7 +14,7 @@ MODULES = {
 
 # From the bottom up; a module imports from its own floor and from those below.
 FLOORS = [
-    [f"hf_schedulefree.optim.{name}" for name in ("averaging", "directions", "precision", "sharding")],
+    [f"hf_schedulefree.optim.{name}" for name in ("averaging", "directions", "pages", "precision", "sharding")],
     ["hf_schedulefree.optim.kernels"],
     ["hf_schedulefree.optim", "hf_schedulefree.rng"],
     ["hf_schedulefree.weights", "hf_schedulefree.checkpoint"],

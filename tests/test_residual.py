@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, kernels
+from hf_schedulefree.optim.pages import Reserve
 
 pytest.importorskip("numba", reason="residuals need numba")
 
@@ -262,6 +264,31 @@ def test_an_interrupted_switch_of_the_optimizer(monkeypatch):
 
 def _interrupt(parked):
     raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is put back on Linux only")
+def test_beside_gradients_the_next_residual_takes_the_same_memory_whatever_is_in_it(monkeypatch):
+    used, take = [], Reserve.take
+    monkeypatch.setattr(Reserve, "take", lambda *args: used.append(take(*args)) or used[-1])
+    params, optimizer = trained()
+    for _ in range(3):
+        for _ in range(2):
+            y = clones(params)
+            optimizer.eval()
+            optimizer.train()
+            assert same(params, y)
+            for memory in used:
+                memory.fill_(-77)  # as the system may do, which gives it to others and clears it
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert len(used) == 2 * 6 and len({memory.data_ptr() for memory in used}) == 2  # two groups
+    assert len(optimizer._residuals._reserves) == 2
+    optimizer.zero_grad()
+    optimizer.eval()
+    assert len(used) == 2 * 6 and not optimizer._residuals._reserves  # it needs the memory of the gradients
+    optimizer.train()
+    assert optimizer.parked_bytes == 0
 
 
 def test_what_cannot_do_with_a_residual_is_copied():

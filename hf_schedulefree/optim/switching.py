@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, kernels, precision, sharding
+from hf_schedulefree.optim import averaging, kernels, pages, precision, sharding
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,12 +31,14 @@ class Residuals:
     """The way back to y for the parameters, by group, whose y is parked as a residual."""
 
     def __init__(self) -> None:
-        self._of_group: dict[int, list[ParkedResidual]] = {}  # by id: DeepSpeed shows one group at a time
+        # By id of the group: DeepSpeed shows one at a time.
+        self._of_group: dict[int, list[ParkedResidual]] = {}
+        self._reserves: dict[int, pages.Reserve] = {}
 
     def park(self, group: Mapping[str, Any], started: Iterable[Started], beta: float) -> None:
         """Show x in all parameters of a group that can do with a residual; an interrupted switch is completed."""
         if id(group) not in self._of_group:  # made before any parameter is touched
-            self._of_group[id(group)] = _residuals(started, beta)
+            self._of_group[id(group)] = _residuals(started, beta, self._memory(group))
         for residual in self._of_group[id(group)]:
             residual.park()
 
@@ -71,17 +73,27 @@ class Residuals:
 
     def forget(self, group: Mapping[str, Any]) -> None:
         """After a switch back."""
-        self._of_group.pop(id(group), None)
+        parked = self._of_group.pop(id(group), ())
+        if parked and id(group) in self._reserves:
+            self._reserves[id(group)].put_back(itertools.chain.from_iterable(residual.memory for residual in parked))
 
     def clear(self) -> None:
         """Forget all groups."""
         self._of_group.clear()
+        self._reserves.clear()
+
+    def _memory(self, group: Mapping[str, Any]) -> pages.Take:
+        """What gives memory: where the gradients were freed, theirs, which they will need again afterwards."""
+        if all(p.grad is None for p in group["params"]):
+            self._reserves.pop(id(group), None)
+            return pages.new_bytes
+        return self._reserves.setdefault(id(group), pages.Reserve()).take
 
     def _all(self) -> "Iterator[ParkedResidual]":
         return itertools.chain(*self._of_group.values())
 
 
-def _residuals(started: Iterable[Started], beta: float) -> "list[ParkedResidual]":
+def _residuals(started: Iterable[Started], beta: float, take: pages.Take) -> "list[ParkedResidual]":
     if kernels.switch_kernel() is None:
         return []
     from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
@@ -95,7 +107,7 @@ def _residuals(started: Iterable[Started], beta: float) -> "list[ParkedResidual]
     for kind, some in itertools.groupby(rows, lambda row: (row[0].device.type, row[0].dtype)):
         by_kind.setdefault(kind, []).extend(some)
     parts = (part for dtype in DTYPES for part in _parts(by_kind.get(("cpu", dtype), ())))
-    return [ParkedResidual(*map(list, zip(*part, strict=True)), beta) for part in parts]
+    return [ParkedResidual(*map(list, zip(*part, strict=True)), beta, take) for part in parts]
 
 
 def _parts(rows: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

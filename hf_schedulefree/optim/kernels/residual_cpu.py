@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim.kernels import jobs
 from hf_schedulefree.optim.kernels.workers import Work, dtype_name, worker
+from hf_schedulefree.optim.pages import Take, new_bytes
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -24,8 +25,8 @@ BLOCK = 2**11  # small enough for a core's first cache: p, z and the residual
 # Most blocks that a thread takes at a time.
 _BLOCKS_AT_ONCE = 64
 
-# Residuals are allocated in pieces, which the C library takes from memory that was freed (by gradients, say). A larger
-# one would come from the system, page by page.
+# Residuals are in pieces, which the C library takes from memory that was freed (by gradients, say). A larger one would
+# come from the system, page by page.
 _BLOCKS_PER_PIECE = 2**12
 
 # Residuals of so many bytes are not expected to be in a cache when they are needed.
@@ -47,9 +48,10 @@ class ParkedResidual:
         params: contiguous, on CPU, of one of `DTYPES`, in any shapes; they hold y.
         z: the same of z.
         beta: the interpolation factor between z (0) and x (1).
+        take: gives so many bytes of memory (int8); all that it gave are in `memory`.
     """
 
-    def __init__(self, params: Sequence[Tensor], z: Sequence[Tensor], beta: float):
+    def __init__(self, params: Sequence[Tensor], z: Sequence[Tensor], beta: float, take: Take = new_bytes):
         self.params = list(params)
         self._z = list(z)  # so that it is not freed
         self._weights = (1 - 1 / beta, 1 - beta)
@@ -61,21 +63,21 @@ class ParkedResidual:
         self._table[:, Z] = self._blocks.addresses(self._z)
         self._table[:, ELEMENTS] = self._blocks.elements
         self._table[:, KEPT_AT] = HOLDS_Y
-        self._residuals = []
+        self.memory = []
         for start in range(0, len(self._table), _BLOCKS_PER_PIECE):
             some = slice(start, start + _BLOCKS_PER_PIECE)
             lines = -(-self._blocks.elements[some] // jobs.CACHE_LINE)  # each block has whole ones to itself
             ends = np.cumsum(lines)
-            self._residuals.append(np.empty((ends[-1] + 1) * jobs.CACHE_LINE, np.int8))
-            first = -(-self._residuals[-1].ctypes.data // jobs.CACHE_LINE)
+            self.memory.append(take((int(ends[-1]) + 1) * jobs.CACHE_LINE))
+            first = -(-self.memory[-1].data_ptr() // jobs.CACHE_LINE)
             self._table[some, RESIDUAL] = (first + ends - lines) * jobs.CACHE_LINE
-        self._past_caches = sum(piece.nbytes for piece in self._residuals) >= _BEYOND_CACHES
+        self._past_caches = sum(piece.nbytes for piece in self.memory) >= _BEYOND_CACHES
         self._job = jobs.Job(self._table, sum(self._sizes), len(self._weights), at_once=_BLOCKS_AT_ONCE)
 
     @property
     def nbytes(self) -> int:
         """What it takes to come back."""
-        return sum(piece.nbytes for piece in (*self._residuals, self._kept, self._table))
+        return sum(piece.nbytes for piece in (*self.memory, self._kept, self._table))
 
     def park(self) -> None:
         """Show x in the parameters."""
