@@ -241,23 +241,43 @@ def test_a_forked_child_makes_steps_too():
 
 
 def allocated(step, *args):
-    """The bytes that torch allocates during a call."""
+    """The bytes that torch allocates during a call, one allocation after the other."""
     with profile(profile_memory=True) as profiler:
         step(*args)
-    return sum(max(0, event.cpu_memory_usage) for event in profiler.events() if event.name == "[memory]" or event.name)
+    return [event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0 and event.name]
 
 
 @backends("torch fused", "numba")
 @pytest.mark.parametrize("kind", DIRECTIONS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
-def test_no_temporaries(step, kind, weight_decay):
+def test_no_temporaries(step, kind, weight_decay, monkeypatch):
+    """But for weight decay where d is the gradient, by torch's operations: of some elements at a time."""
+    monkeypatch.setattr(torch_ops, "_CACHED_ELEMENTS", 2500)
     groups = tensors([(100_000,), (50_000,)], torch.float32)
     numbers = numbers_for(kind, weight_decay)
     groups[2] = groups[2] if numbers.direction.beta2 is not None else []
     step(*groups, numbers)  # compiles
-    assert allocated(step, *groups, numbers) < 10_000
+    if step is torch_ops.fused_ and weight_decay and not numbers.direction.normalizes:
+        assert 0 < max(allocated(step, *groups, numbers)) <= 10_000
+    else:
+        assert sum(allocated(step, *groups, numbers)) < 10_000
     if groups[2]:
-        assert allocated(torch_ops.foreach_, *groups, numbers_for("adam")) > 1_000_000  # the measurement measures
+        assert sum(allocated(torch_ops.foreach_, *groups, numbers_for("adam"))) > 1_000_000  # the measurement measures
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["sgd", "collect"])
+def test_where_d_is_the_gradient_torchs_operations_round_as_schedulefree_does(kind, weight_decay, monkeypatch):
+    """With x in the place of y, three times as many runs miss schedulefree's by more than its own tests allow."""
+    monkeypatch.setattr(torch_ops, "_CACHED_ELEMENTS", 50)
+    numbers = numbers_for(kind, weight_decay)
+    results = []
+    for step in (torch_ops.fused_, torch_ops.foreach_):
+        groups = tensors(SHAPES, torch.float32)
+        step(*groups[:2], groups[2] if numbers.direction.beta2 else [], groups[3], numbers)
+        results.append(groups[:3])
+    for some, others in zip(*results, strict=True):
+        assert all(map(torch.equal, some, others))
 
 
 # The switch

@@ -8,8 +8,8 @@ from torch import Tensor
 from hf_schedulefree.optim import averaging, directions
 from hf_schedulefree.optim.kernels.numbers import StepNumbers
 
-# Elements of four tensors that a CPU's last cache holds (8 MiB in float32).
-_CACHED_ELEMENTS = 2**19
+# Elements of four tensors that a CPU's last cache holds (8 MiB in float32); of one launch on other devices.
+_CACHED_ELEMENTS, _LAUNCHED_ELEMENTS = 2**19, 2**24
 
 
 def foreach_(
@@ -28,31 +28,31 @@ def foreach_(
 def fused_(
     y: Sequence[Tensor], z: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor], numbers: StepNumbers
 ) -> None:
-    """One step in place over contiguous tensors without any temporary: x takes the place of y while torch's fused Adam
-    moves z.
+    """One step in place over contiguous tensors, some elements at a time.
 
-    Its first moment is aliased to the gradient: at beta1 = 0 it is the gradient, and is written back unchanged. Not for
-    half precision, which x would be rounded to.
+    x takes the place of y while torch's fused Adam moves z, without any temporary: its first moment is aliased to the
+    gradient, at beta1 = 0 it is the gradient, and is written back unchanged. Where d is the gradient, `foreach_` needs
+    a temporary of so many elements for weight decay, and else none. Not for half precision, which x would be rounded
+    to.
     """
-    if not y[0].is_cpu:
-        return _fused_(y, z, v, grads, numbers)
+    step_ = _by_fused_adam_ if numbers.direction.normalizes else foreach_
     columns = [y, z, v, grads] if v else [y, z, grads]
-    for parts in _cached_parts(columns):
-        _fused_(*parts[:2], parts[2] if v else [], parts[-1], numbers)
+    for parts in _parts(columns, _CACHED_ELEMENTS if y[0].is_cpu else _LAUNCHED_ELEMENTS):
+        step_(*parts[:2], parts[2] if v else [], parts[-1], numbers)
 
 
-def _cached_parts(columns: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """The same lists again, with some elements of each at a time, so that three passes over them read memory once."""
+def _parts(columns: Sequence[Sequence[Tensor]], at_once: int) -> Iterator[list[list[Tensor]]]:
+    """The same lists again, with some elements of each at a time: on CPU several passes then read memory once."""
     parts: list[list[Tensor]] = [[] for _ in columns]
     elements = 0
     for tensors in zip(*columns, strict=True):
         size = tensors[0].numel()
         slices = [tensors]
-        if size > _CACHED_ELEMENTS:
-            slices = zip(*(tensor.view(-1).split(_CACHED_ELEMENTS) for tensor in tensors), strict=True)
-            size = _CACHED_ELEMENTS
+        if size > at_once:
+            slices = zip(*(tensor.view(-1).split(at_once) for tensor in tensors), strict=True)
+            size = at_once
         for some in slices:
-            if elements and elements + size > _CACHED_ELEMENTS:
+            if elements and elements + size > at_once:
                 yield parts
                 parts, elements = [[] for _ in columns], 0
             for part, tensor in zip(parts, some, strict=True):
@@ -61,7 +61,7 @@ def _cached_parts(columns: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Ten
     yield parts
 
 
-def _fused_(
+def _by_fused_adam_(
     y: Sequence[Tensor], z: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor], numbers: StepNumbers
 ) -> None:
     lr, beta, c, weight_decay, direction, _ = numbers
@@ -69,24 +69,20 @@ def _fused_(
     if weight_decay != 0:  # -lr * weight_decay * y, with y = (1 - beta) z + beta x
         torch._foreach_mul_(z, 1 - lr * weight_decay * (1 - beta))
         torch._foreach_add_(z, y, alpha=-lr * weight_decay * beta)
-    if direction.normalizes:
-        k = torch.tensor(float(direction.steps), device=z[0].device)
-        torch._fused_adamw_(
-            z,
-            grads,
-            grads,
-            v,
-            [],
-            [k] * len(z),
-            lr=lr,
-            beta1=0.0,
-            beta2=direction.beta2,
-            weight_decay=0.0,
-            eps=direction.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-    else:
-        directions.compute(direction, grads, v)  # collects v; d is the gradient
-        torch._foreach_add_(z, grads, alpha=-lr)
+    k = torch.tensor(float(direction.steps), device=z[0].device)
+    torch._fused_adamw_(
+        z,
+        grads,
+        grads,
+        v,
+        [],
+        [k] * len(z),
+        lr=lr,
+        beta1=0.0,
+        beta2=direction.beta2,
+        weight_decay=0.0,
+        eps=direction.eps,
+        amsgrad=False,
+        maximize=False,
+    )
     torch._foreach_lerp_(y, z, 1 - beta * (1 - c))
