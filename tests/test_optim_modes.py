@@ -9,7 +9,7 @@ from test_optim import backward, copied, make_net, run, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from hf_schedulefree.optim import AdamWScheduleFree, averaging, precision
+from hf_schedulefree.optim import AdamWScheduleFree, averaging, pieces, precision
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -224,3 +224,23 @@ def test_half_precision_x_is_rounded_once():
     optimizer.eval()
     for name, x in expected.items():
         assert torch.equal(dict(net.named_parameters())[name], x)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_x_in_pieces_is_what_eval_shows(dtype, implementation, monkeypatch):
+    monkeypatch.setattr(pieces, "_AT_ONCE", 1000)
+    p = nn.Parameter(torch.randn(60, 50).to(dtype))
+    optimizer = AdamWScheduleFree([p], lr=0.1, implementation=implementation)
+    optimizer.train()
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    ((_, in_pieces),) = optimizer.x_in_pieces()
+    read = {}
+    for first, count in ((0, 3000), (17, 2500), (1000, 1000), (2999, 1), (5, 0)):
+        read[first, count] = torch.empty(count, dtype=dtype)
+        in_pieces.read(first, read[first, count])
+    optimizer.eval()
+    for (first, count), x in read.items():
+        assert torch.equal(x, p.detach().view(-1)[first : first + count])

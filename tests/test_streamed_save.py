@@ -832,7 +832,7 @@ def save(elements, dtype, implementation):
     return peak() - before
 
 for case in ((torch.float32, None), (torch.float32, "foreach"), (torch.bfloat16, None)):
-    save(1000, *case)  # libraries are loaded
+    save(1000, case[0], case[1] or "fused")  # libraries are loaded
     print("KIB", save(2**23, *case))
 """
 

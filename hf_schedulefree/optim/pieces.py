@@ -9,6 +9,9 @@ from torch import Tensor
 from hf_schedulefree.optim import averaging, kernels, precision, switching
 from hf_schedulefree.optim.precision import Y_LOW
 
+# Elements that torch's operations, which need temporaries, take at once.
+_AT_ONCE = 2**16
+
 
 class AveragedPieces:
     """The averaged weights of one parameter in train mode: the very bits that `eval` would show in it.
@@ -47,10 +50,13 @@ class AveragedPieces:
         if self._one_pass is not None:
             self._one_pass(first, into)
             return
-        part = slice(first, first + into.numel())
-        y, state = self._y[part], {name: t[part] for name, t in self._state.items()}
         with torch.no_grad():
-            into.copy_(averaging.x_from_y(precision.wide(y, state), state["z"], self._beta).to(into.dtype))
+            at_once = _AT_ONCE if self.device.type == "cpu" else max(into.numel(), 1)  # to copy from a device waits
+            for i, part in enumerate(into.split(at_once)):
+                start = first + i * at_once
+                some = slice(start, start + part.numel())
+                y, state = self._y[some], {name: t[some] for name, t in self._state.items()}
+                part.copy_(averaging.x_from_y(precision.wide(y, state), state["z"], self._beta).to(part.dtype))
 
 
 def park(groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> None:
