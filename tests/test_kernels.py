@@ -244,7 +244,7 @@ def allocated(step, *args):
     """The bytes that torch allocates during a call, one allocation after the other."""
     with profile(profile_memory=True) as profiler:
         step(*args)
-    return [event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0 and event.name]
+    return [event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0]
 
 
 @backends("torch fused", "numba")

@@ -83,7 +83,7 @@ class Residuals:
         self._reserves.clear()
 
     def _memory(self, group: Mapping[str, Any]) -> pages.Take:
-        """What gives memory: where the gradients were freed, theirs, which they will need again afterwards."""
+        """What gives memory: where the gradients were freed, theirs, to be left to them again; else its own pages."""
         if all(p.grad is None for p in group["params"]):
             self._reserves.pop(id(group), None)
             return pages.new_bytes
