@@ -1,6 +1,7 @@
 """`StreamedSaveMixin`: a save writes x straight from y and z, without a switch, wherever that is surely the same."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -148,9 +149,12 @@ def save_averaged(
     """
     switch = weights.switch_for(model, optimizer)
     in_pieces = _x_in_pieces(switch)
-    if in_pieces is not None and _hands_on_its_own_tensors(model):
+    if in_pieces is not None and _is_of_a_host(model) and _hands_on_its_own_tensors(model):
+        tried = dict(options)
+        if tried.get("state_dict") is not None:
+            tried["state_dict"] = copy.copy(tried["state_dict"])  # transformers empties it
         with contextlib.suppress(CannotStream), _x_in_weight_files(model, in_pieces):
-            return model.save_pretrained(save_directory, **options)
+            return model.save_pretrained(save_directory, **tried)
     with weights.averaged_weights(model, optimizer):
         return model.save_pretrained(save_directory, **options)
 
@@ -188,9 +192,14 @@ def _is_known(owner: Any, name: str, packages: tuple[str, ...]) -> bool:
     return name not in vars(owner) and all(_home(function).partition(".")[0] in packages for function in definitions)
 
 
+def _is_of_a_host(model: nn.Module) -> bool:
+    """Whether `save_pretrained` of a model may be that of transformers or PEFT."""
+    return isinstance(model, PreTrainedModel) or _is_peft_model(model)
+
+
 def _hands_on_its_own_tensors(model: nn.Module) -> bool:
     """Whether a model's save takes its tensors as they are from its modules, by code that is known."""
-    if isinstance(model, PreTrainedModel) or _is_peft_model(model):
+    if _is_of_a_host(model):
         save = type(model).save_pretrained
         if (_home(save), save.__qualname__) not in _KNOWN_SAVES:
             return False

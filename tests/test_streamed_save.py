@@ -496,6 +496,7 @@ def test_what_is_no_parameter_as_it_stands_is_refused(tmp_path):
         "something new": {**tensors, "new": torch.ones(2)},
         "twice": {"one": p, "two": p},
         "parts that overlap": {"one": frozen[:3], "two": frozen[2:]},
+        "negated when read": {name: p, "negated": torch._neg_view(frozen)},
         "a subclass": {name: torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), p)},
         "an unusual dtype": {name: p, "complex": torch.ones(2, dtype=torch.complex64)},
         "not all of them": {name: p},
@@ -537,6 +538,44 @@ def test_parameters_that_share_memory_are_not_streamed(tmp_path, switches):
     stepped(nn.ParameterList(doubled.param_groups[0]["params"]), doubled)
     with pytest.raises(CannotStream), streamed_weight_files(doubled.x_in_pieces(), [], []):
         pass
+
+
+@pytest.mark.parametrize("case", ["some of the parameters", "a cast"])
+def test_a_given_state_dict_that_cannot_stream_is_written_whole(case, tmp_path, switches):
+    """transformers takes the tensors out of it while it saves: the second try needs them all again."""
+    model = llama()
+    optimizer = stepped(model, AdamWScheduleFree(model.parameters(), lr=0.1))
+
+    tensors = model.state_dict()
+    if case == "a cast":
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+    else:
+        tensors = {name: p for name, p in tensors.items() if "mlp" in name}
+    save_averaged(model, optimizer, tmp_path / "tried", state_dict=dict(tensors))
+    assert switches[0] == 1
+    with averaged_weights(model, optimizer):
+        model.save_pretrained(tmp_path / "ordinary", state_dict=dict(tensors))
+    assert_same_files(tmp_path / "tried", tmp_path / "ordinary")
+    assert load_file(tmp_path / "tried/model.safetensors").keys() == tensors.keys()
+
+
+class SavesItself(nn.Linear):
+    """With a `save_pretrained` of which nothing is known."""
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir()
+        safetensors.torch.save_file(self.state_dict(), Path(folder) / "model.safetensors")
+        (Path(folder) / "norm.json").write_text(json.dumps(self.weight.norm().item()))
+
+
+def test_a_model_of_another_library_is_saved_at_x(tmp_path, switches):
+    model = SavesItself(4, 4)
+    optimizer = stepped(model, AdamWScheduleFree(model.parameters(), lr=0.1))
+    save_averaged(model, optimizer, tmp_path / "saved")
+    assert switches[0] == 1
+    with averaged_weights(model, optimizer):
+        model.save_pretrained(tmp_path / "ordinary")
+    assert_same_files(tmp_path / "saved", tmp_path / "ordinary")
 
 
 def test_two_saves_at_once_in_two_threads(tmp_path):

@@ -124,6 +124,8 @@ class StreamedFiles:
                 self.refuse(f"{name} is no plain tensor")
             if tensor.layout != torch.strided or not tensor.is_contiguous():
                 self.refuse(f"{name} is not contiguous")
+            if tensor.is_neg():
+                self.refuse(f"{name} does not lie in memory as it is")
             if tensor.dtype not in TORCH_DTYPES.values():
                 self.refuse(f"{name} is of type {tensor.dtype}")
             owner = self.replaced.overlapping(tensor)
