@@ -197,6 +197,37 @@ def test_ours_is_copied_bit_for_bit(tmp_path):
     assert same(load_file(tmp_path / "out/model.safetensors"), weights_of(trainer))
 
 
+def test_the_index_is_that_of_the_checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    (index,) = (tmp_path / "model").glob("*.index.json")
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        save_file(load_file(path), path, {"format": "pt", "schedule_free.weights": "x"})
+    export_averaged(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "out" / index.name).read_bytes() == index.read_bytes()
+    export_averaged(tmp_path / "model", tmp_path / "half", dtype=torch.bfloat16)
+    metadata = [
+        json.loads((folder / index.name).read_text())["metadata"] for folder in (index.parent, tmp_path / "half")
+    ]
+    assert metadata[0]["total_parameters"] == metadata[1]["total_parameters"]
+    assert metadata[0]["total_size"] == 2 * metadata[1]["total_size"]
+
+
+def test_folders_of_tokenizers_and_chat_templates_are_copied_and_other_models_are_not(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.train()
+    trainer.save_model()
+    belonging = ["additional_chat_templates/tool_use.jinja", "qformer_tokenizer/tokenizer_config.json"]
+    belonging.append("qformer_tokenizer/additional_chat_templates/rag.jinja")
+    others = ["best/tokenizer_config.json", "best/config.json", "checkpoint-4/tokenizer_config.json", "runs/events"]
+    for name in [*belonging, *others]:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    export_averaged(tmp_path / "run", tmp_path / "out")
+    folders = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("*/**/*"))
+    assert folders == sorted([*belonging, "qformer_tokenizer/additional_chat_templates"])
+
+
 def test_bfloat16_state_gives_x_in_full_precision(tmp_path):
     trainer = tiny_trainer(tmp_path / "run", model=tiny_model().to(torch.bfloat16))
     trainer.train()

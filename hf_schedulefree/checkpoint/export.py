@@ -1,6 +1,7 @@
 """`export_averaged`: x out of any checkpoint. `inspect_weights`: which weights a checkpoint or a file holds."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -35,6 +36,11 @@ _NOT_COPIED = (
     names.DEEPSPEED_LATEST,
     "zero_to_fp32.py",
 )
+
+# Folders of a model are known by one of these files, or by their name: a processor with several tokenizers has a folder
+# for each further one, and a tokenizer or processor one for all chat templates but the first.
+_PART_OF_MODEL = ("adapter_config.json", "tokenizer_config.json")
+_CHAT_TEMPLATES = "additional_chat_templates"
 
 Progress = Callable[[str], Any]
 
@@ -251,7 +257,7 @@ def export_averaged(
             _copy_other_files(source_path, temporary)
         for file_name, tensors in source.weights.layout.items():
             _write_averages(source, temporary / file_name, tensors, dtype, metadata, progress)
-        _copy_index(source, temporary)
+        _write_index(source, temporary, dtype)
         if output.exists():
             output.rmdir()
         os.rename(temporary, output)
@@ -290,20 +296,30 @@ def _copy_other_files(source: Path, target: Path) -> None:
             continue
         if path.is_file():
             shutil.copy2(path, target / path.name)
-        elif (path / "adapter_config.json").is_file():
+        elif _belongs_to_model(path):
             (target / path.name).mkdir()
             _copy_other_files(path, target / path.name)
 
 
-def _copy_index(source: _Source, target: Path) -> None:
+def _belongs_to_model(folder: Path) -> bool:
+    """Whether a folder in that of a model holds an adapter, a tokenizer or chat templates; not a model of its own."""
+    if _is_checkpoint(folder) or (folder / "config.json").is_file():
+        return False
+    return folder.name == _CHAT_TEMPLATES or any((folder / name).is_file() for name in _PART_OF_MODEL)
+
+
+def _write_index(source: _Source, target: Path, dtype: torch.dtype | None) -> None:
+    """The index of several weight files; as `save_pretrained` writes it, where there was one."""
     files = source.weights.layout
     if list(files) == [names.MODEL_FILE] or any(Path(file).name == names.ADAPTER_FILE for file in files):
         return
     if not source.path.is_dir():
         return
-    total = sum((target / file).stat().st_size for file in files)
+    metadata = names.read_json(source.path / names.MODEL_INDEX).get("metadata")
+    shapes = source.weights.shapes
+    total = sum(math.prod(shapes[name]) * source.output_dtype(name, dtype).itemsize for name in shapes)
     index = {
-        "metadata": {"total_size": total},
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
         "weight_map": {name: file for file, tensors in sorted(files.items()) for name in tensors},
     }
     (target / names.MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
