@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_schedulefree import registry
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, precision, precision_step, sharding
-from hf_schedulefree.optim.kernels.numbers import StepNumbers
+from hf_schedulefree.optim.kernels import one_pass_half_cpu
+from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
 
 HALF = [torch.bfloat16, torch.float16]
 KEEPING = ["split", "stochastic", "full"]
@@ -428,6 +429,19 @@ def test_the_compiled_step_is_that_of_torchs_operations(direction, state_precisi
             tolerance = 1e-6 if a.dtype == torch.float32 and not rough else 2**-7
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
         assert torch.equal(ours.grad, expected.grad)
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 20, 2**32 - 301, 5 * 2**32, 2**40 + 7])
+@pytest.mark.parametrize("seed", [-3, 2**70 + 11])
+def test_the_compiled_step_takes_random_bits_by_the_global_index(seed, first):
+    pytest.importorskip("numba")
+    y, z, g = torch.randn(3, 301, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    wanted = z.float() - torch.tensor(0.01) * g.float()
+    bits = precision.random_bits(precision.rounding_key(seed, 5, 17), torch.arange(first, first + 301))
+    wanted = precision.round_stochastically(wanted, torch.bfloat16, precision.bits_for("z", bits))
+    row = DenseRow(y, torch.zeros(301, dtype=torch.int16), z, None, first, precision.RandomKey(seed, 17))
+    one_pass_half_cpu.prepare([row])([g.data_ptr()], StepNumbers(0.01, 0.9, 0.2, 0.0, directions.Direction(), k=5))
+    assert torch.equal(z, wanted)
 
 
 def test_threads_do_not_change_the_compiled_step():

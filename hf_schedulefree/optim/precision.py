@@ -16,9 +16,8 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,19 +159,22 @@ class RandomKey(NamedTuple):
     parameter: int
 
 
-Words = TypeVar("Words", int, Tensor, np.ndarray)
+# Bits as a whole number, or those of each element of a tensor.
+Words = int | Tensor
 
 
-def rounding_key(seed: Words, step: Scalar, parameter: Words) -> tuple[Words, Words]:
+def rounding_key(seed: int, step: Scalar, parameter: int) -> tuple[Words, Words]:
     """The key of one parameter's random numbers at one step: twice 32 bits.
 
     Args:
         seed: of the run.
         step: finished steps, `k` of the group.
         parameter: its position among all parameters of the optimizer.
-        Arrays (int64) stand for many; a tensor or an array makes such of the halves.
+
+    Returns:
+        The lower and the upper half; tensors if `step` is one.
     """
-    # The sums and products of int64 tensors and arrays wrap by themselves.
+    # The sums and products of int64 tensors wrap by themselves.
     step = step.to(torch.int64) if isinstance(step, Tensor) else int(step)
     key = 0
     for word in (seed, step, parameter):  # SplitMix64, absorbing a word at a time
@@ -201,7 +203,7 @@ def random_bits_in_a_row(key: tuple[Words, Words], first: int, count: int, devic
         return random_bits(key, torch.arange(first, first + count, device=device))
     is_kept = device.type == "cpu" and count <= _KEPT_MULTIPLES
     multiples = _kept_multiples()[:count] if is_kept else _multiples(count, device)
-    return _mixed(multiples + _signed(first_hash(key, first)), key[1])
+    return _mixed(multiples + _signed(_first_hash(key, first)), key[1])
 
 
 def _multiples(count: int, device: torch.device) -> Tensor:
@@ -223,7 +225,7 @@ def _mixed(bits: Tensor, key: Words) -> Tensor:
     return bits.bitwise_xor_(_shifted(bits, 16))
 
 
-def first_hash(key: tuple[int, int], index: int) -> int:
+def _first_hash(key: tuple[int, int], index: int) -> int:
     """The h that `random_bits` begins with, for one element."""
     lower, upper = INDEX_MULTIPLIERS
     return ((index & 0xFFFFFFFF) * lower + (index >> 32) * upper + key[0]) & 0xFFFFFFFF
@@ -243,7 +245,7 @@ def bits_for(name: str, bits: Tensor) -> Tensor:
 
 
 def wrapped(number: Words) -> Words:
-    """The lower 64 bits as a signed number; int64 tensors and arrays have no others."""
+    """The lower 64 bits as a signed number; int64 tensors have no others."""
     return _signed(number & _MASK64, 64) if isinstance(number, int) else number
 
 

@@ -7,7 +7,6 @@ are in `sources/half_step.py`.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from hf_schedulefree.optim import precision
@@ -21,24 +20,18 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     """A `numbers.Kernel` for bfloat16 parameters on CPU; no index crosses a multiple of 2^32."""
     y, y_low, z, v, first, keys = zip(*rows, strict=True)
     blocks = jobs.Blocks([tensor.numel() for tensor in y])
+    is_random = keys[0] is not None
+    seeds, parameters = ([precision.wrapped(key[i]) if is_random else 0 for key in keys] for i in range(2))
     # A tensor that there is not is never touched; any address will do.
     columns = (y, y if y_low[0] is None else y_low, z, z if v[0] is None else v, y)
-    job = blocks.job(columns, NUMBERS, blocks.first, blocks.first)
+    others = (blocks.of(first) + blocks.first, blocks.of(seeds), blocks.of(parameters))
+    job = blocks.job(columns, NUMBERS + 1, *others)
     gradients = jobs.Column(job, 4, blocks, y[0].element_size())
-    is_random = keys[0] is not None
     storage = y_low[0] is not None, z[0].dtype == torch.float32, is_random
-    if is_random:
-        seed, parameters = (np.array([precision.wrapped(key[i]) for key in keys]) for i in range(2))
-        if (seed == seed[0]).all():
-            seed = int(seed[0])  # numpy takes its time for each operation
-        first = blocks.of(first) + blocks.first
 
     def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
         gradients.show(grads)
-        if is_random:
-            key = tuple(map(blocks.of, precision.rounding_key(seed, numbers.k, parameters)))
-            job.table[:, 6], job.table[:, 7] = precision.first_hash(key, first), key[1]
-        job.run(worker("half_step.step", *storage, kind_of(numbers)), numbers_of(numbers))
+        job.run(worker("half_step.step", *storage, kind_of(numbers)), (*numbers_of(numbers), numbers.k))
         torch.autograd.graph.increment_version(y)  # autograd must notice, as for torch's operations
 
     return step_

@@ -27,12 +27,29 @@ from hf_schedulefree.optim.kernels.sources.elements import (
 )
 from hf_schedulefree.optim.kernels.sources.step import plain_numbers, update
 
-_INDEX = np.uint32(precision.INDEX_MULTIPLIERS[0])
-_FIRST, _SECOND, _THIRD, _FOURTH = (np.uint32(multiplier) for multiplier in precision.MULTIPLIERS)
+_INDEX, _UPPER_INDEX = map(np.uint32, precision.INDEX_MULTIPLIERS)
+_FIRST, _SECOND, _THIRD, _FOURTH = map(np.uint32, precision.MULTIPLIERS)
+_SPLITMIX_0, _SPLITMIX_1, _SPLITMIX_2 = map(np.uint64, precision.SPLITMIX)
 _UPPER, _NAN = 0xFFFF0000, np.float32(np.nan)
 
 
-# As `precision.random_bits` and `bits_for`; `h` is what the formula there begins with.
+# As `precision.rounding_key`, `random_bits` and `bits_for`; `h` is what the formula of `random_bits` begins with.
+
+
+@njit(inline="always")
+def _absorbed(key, word):
+    key = key + np.uint64(word) + _SPLITMIX_0
+    key = (key ^ (key >> np.uint64(30))) * _SPLITMIX_1
+    key = (key ^ (key >> np.uint64(27))) * _SPLITMIX_2
+    return key ^ (key >> np.uint64(31))
+
+
+@njit(inline="always")
+def _first_hash_and_key(seed, k, parameter, first):
+    """Of a row whose first element has the global index `first`: what `h` is there, and the second half of the key."""
+    key = _absorbed(_absorbed(_absorbed(np.uint64(0), seed), k), parameter)
+    index = add(multiply(np.uint32(first), _INDEX), multiply(np.uint32(first >> 32), _UPPER_INDEX))
+    return add(index, np.uint32(key)), np.uint32(key >> np.uint64(32))
 
 
 @njit(inline="always")
@@ -160,10 +177,10 @@ def step(low_bits: bool, wide: bool, is_random: bool, kind: int) -> Callable[[in
     kept, kept_alone, size = (np.float32, np.float32, 4) if wide else (np.uint32, np.uint16, 2)
 
     def step(job):
-        # Columns of the table: addresses of y, y_low, z, v, g; elements; what the first random number of the row begins
-        # with, and the second half of its key.
-        table, numbers = rows_and_numbers(job, 8, NUMBERS)
-        plain = plain_numbers(numbers, np.float32)
+        # Columns of the table: addresses of y, y_low, z, v, g; elements; the global index of the first one; what
+        # `precision.RandomKey` has. After the numbers of `numbers_of`, k.
+        table, numbers = rows_and_numbers(job, 9, NUMBERS + 1)
+        plain, k = plain_numbers(numbers, np.float32), np.int64(numbers[NUMBERS])
         alone = stack(5)
         pair = (alone, alone + 8, alone + 16, alone + 24, alone + 32)
         y_alone, low_alone = carray(pointer(pair[0]), 1, np.uint16), carray(pointer(pair[1]), 1, np.uint16)
@@ -175,7 +192,8 @@ def step(low_bits: bool, wide: bool, is_random: bool, kind: int) -> Callable[[in
                 return
             for row in range(first, last):
                 places = (table[row, 0], table[row, 1], table[row, 2], table[row, 3], table[row, 4])
-                elements, h, key = table[row, 5], np.uint32(table[row, 6]), np.uint32(table[row, 7])
+                elements = table[row, 5]
+                h, key = _first_hash_and_key(table[row, 7], k, table[row, 8], table[row, 6])
                 _step_pairs(places, elements // 2, h, key, plain, kind, low_bits, kept, wide, is_random)
                 if elements % 2 == 0:
                     continue
