@@ -11,7 +11,7 @@ from cases import ALL_SETTINGS, CASES
 from reference import reference_for
 from torch import nn
 
-from hf_schedulefree.optim import averaging
+from hf_schedulefree.optim import AdamWScheduleFree, averaging
 from hf_schedulefree.optim.base import IMPLEMENTATIONS
 
 STEPS = 300
@@ -326,3 +326,20 @@ def test_x_follows_from_y_and_z(kind):
     optimizer.eval()
     for p, x in expected.items():
         torch.testing.assert_close(p.detach().double(), x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_closure_is_called_at_a_rate_of_zero_with_gradients_of_zero():
+    """It looks like the step by which torch.distributed.checkpoint creates state, which gives no closure."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamWScheduleFree([p], lr=0.0)
+    optimizer.train()
+    p.grad = torch.zeros(3)
+    assert optimizer.step(lambda: 5.0) == 5.0
+    assert optimizer.param_groups[0]["k"] == 1
+
+
+def test_a_refused_group_does_not_join():
+    optimizer = AdamWScheduleFree([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="real parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1

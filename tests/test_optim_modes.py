@@ -244,3 +244,33 @@ def test_x_in_pieces_is_what_eval_shows(dtype, implementation, monkeypatch):
     optimizer.eval()
     for (first, count), x in read.items():
         assert torch.equal(x, p.detach().view(-1)[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("park", ["copy", "residual"])
+@pytest.mark.parametrize("size", [3, 30_000_000])
+def test_parameters_of_another_size_are_other_weights(size, park, dtype):
+    """The compiled comparison went as far as the parameter does, beyond y and z."""
+    p = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    optimizer = AdamWScheduleFree([p], implementation="fused", park=park)
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.eval()
+    p.data, p.grad = torch.zeros(1, dtype=dtype).expand(size).contiguous(), None
+    assert optimizer.weights_replaced()
+    optimizer.train()
+    assert not optimizer.state and p.numel() == size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("park", ["copy", "residual"])
+def test_to_show_x_of_another_size_is_an_error(park, dtype):
+    p = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    optimizer = AdamWScheduleFree([p], implementation="fused", park=park)
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.data, p.grad = torch.zeros(30_000_000, dtype=dtype), None
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.eval()

@@ -624,3 +624,73 @@ def test_the_trainer_reaches_it(tmp_path):
     args.optim_args = "state_precision=half"
     with pytest.raises(ValueError, match="state_precision"):
         registry.spec_for(args).kwargs(args)
+
+
+@pytest.mark.parametrize("implementation", [None, "fused", "for-loop"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("how", ["the model is cast", "another precision"])
+def test_state_that_is_kept_in_two_ways_is_never_stepped_as_if_it_were_one(how, first, implementation, caplog):
+    """The compiled step takes all tensors of a column to be as wide as the first, and wrote beyond the others."""
+    size, rest = 3000, 5000
+    dtypes = [torch.bfloat16] * 2 if how == "another precision" else [torch.float32, torch.bfloat16]
+    params = [nn.Parameter(torch.randn(size).to(dtype)) for dtype in dtypes]
+    optimizer = AdamWScheduleFree(params if first == 0 else params[::-1], implementation=implementation)
+    optimizer.train()
+    narrow = params[1]
+    for _ in range(3):
+        for p in params if how == "the model is cast" else [narrow]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    beyond = torch.full((size + rest,), 7.0, dtype=torch.bfloat16)
+    state = optimizer.state[narrow]
+    state["z"] = beyond[:size].copy_(state["z"])
+    if how == "another precision":
+        optimizer.param_groups[0]["state_precision"] = "full"
+    else:
+        nn.ParameterList(params).to(torch.bfloat16)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert (beyond[size:] == 7.0).all()
+    assert len({tuple(kept.dtype for kept in optimizer.state[p].values()) for p in params}) == 1
+    assert "converted" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("implementation", [None, "fused", "foreach"])
+@pytest.mark.parametrize("shows", ["step", "eval", "x_in_pieces"])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_model_that_is_cast_takes_its_state_along(before, after, shows, implementation, caplog):
+    p = nn.Parameter(torch.randn(500, generator=torch.Generator().manual_seed(0)).to(before))
+    optimizer = AdamWScheduleFree([p], lr=0.01, implementation=implementation)
+    optimizer.train()
+    take_steps([p], optimizer, range(5))
+    p.grad, p.data = None, p.data.to(after)
+    z = optimizer.state[p]["z"].double()
+    if shows == "step":
+        take_steps([p], optimizer, range(5, 8))
+    elif shows == "eval":
+        optimizer.eval()
+        x = averaging.x_from_y(optimizer.state[p]["y"].double() if "y" in optimizer.state[p] else p.double(), z, 0.9)
+        if "y" in optimizer.state[p]:
+            torch.testing.assert_close(p.double(), x, rtol=0.01, atol=0.001)
+        optimizer.train()
+    else:
+        ((_, averaged),) = optimizer.x_in_pieces()
+        found = torch.empty_like(p)
+        averaged.read(0, found)
+        torch.testing.assert_close(found.double(), averaging.x_from_y(p.double(), z, 0.9), rtol=0.01, atol=0.001)
+    fresh = AdamWScheduleFree([nn.Parameter(p.detach().clone())])
+    fresh.init_state()
+    (like,) = fresh.state.values()
+    assert {k: t.dtype for k, t in optimizer.state[p].items()} == {k: t.dtype for k, t in like.items() if k != "y"}
+    assert "converted" in caplog.text and p.isfinite().all()

@@ -156,6 +156,16 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         """How the state of a half-precision parameter is kept; None if simply in the parameter's dtype."""
         return precision.storage_for(p.dtype, group["state_precision"])
 
+    def _convert_state(self, group: dict[str, Any]) -> None:
+        """In train mode: bring the state along, if parameters were given another dtype, or their group a precision."""
+        changes: Counter[str] = Counter()
+        for p, state in self._started(group):
+            storage = self._storage(group, p)
+            if not conversion.fits(p, state, storage):
+                changes.update(conversion.convert(p, state, storage))
+        if changes:
+            logger.warning(conversion.message(changes, "state of parameters that have another dtype now"))
+
     def _started(self, group: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The parameters of a group that have had a gradient, with their state (reading creates none)."""
         known = self.state.get
@@ -226,6 +236,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         group = self.param_groups[-1]
         for p in group["params"]:
             if p.is_complex():
+                self.param_groups.pop()
                 raise ValueError(f"{type(self).__name__} takes real parameters; got one of dtype {p.dtype}")
         if group["state_precision"] == "parameter" and any(p.dtype in precision.HALF_DTYPES for p in group["params"]):
             warnings.warn(
@@ -257,7 +268,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             torch.set_grad_enabled(former)
 
     def _step_in_no_grad(self, closure: Callable[[], Any] | None) -> Any:
-        if self._is_dry_run():
+        if closure is None and self._is_dry_run():
             self.init_state()
             return None
         if not all(group["train_mode"] is True for group in self.param_groups):
@@ -286,6 +297,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         )
         repeated = self._repeated.get(id(group))
         if repeated is None or not repeated(params, self.state, choices, numbers):
+            self._convert_state(group)
             self._step_rows(group, first, numbers)
             self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
         capturable.set_counter(group, "k", group["k"] + 1)

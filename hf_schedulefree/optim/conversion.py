@@ -29,6 +29,15 @@ def gatherable(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, Y_LOW: low.to(torch.int32)}
 
 
+def fits(p: Tensor, state: Mapping[str, Any], storage: Storage | None) -> bool:
+    """Whether the state of one parameter, in train mode, is kept in `storage`: `convert` would change nothing."""
+    return (Y_LOW in state) == bool(storage and storage.low_bits) and all(
+        state[name].dtype == (p.dtype if storage is None else storage.dtype(name))
+        for name in ("z", "exp_avg_sq", Y_LOW)
+        if name in state
+    )
+
+
 def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> list[str]:
     """Bring the state of one parameter into `storage`: tensors are replaced, never written to.
 
@@ -77,10 +86,10 @@ def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None,
     return changes
 
 
-def message(changes: Mapping[str, int]) -> str:
+def message(changes: Mapping[str, int], state: str = "loaded optimizer state") -> str:
     """What to tell the user about converted state: `changes` counts the tensors of each change."""
     listed = ", ".join(f"{change} ({count} tensors)" for change, count in changes.items())
     return (
-        f"The loaded optimizer state was kept in another precision and is converted: {listed}. To continue a run bit "
+        f"The {state} was kept in another precision and is converted: {listed}. To continue a run bit "
         "for bit, use the state_precision and the dtype of the model that it was started with."
     )

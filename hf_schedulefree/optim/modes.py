@@ -49,6 +49,8 @@ class Modes:
         for group in self.param_groups:
             if group["train_mode"] is False:
                 continue
+            if group["train_mode"] is True:
+                self._convert_state(group)
             group["train_mode"] = None
             beta, started = self._beta(group), self._started(group)
             if self._one_pass and self.park != "copy":
@@ -136,6 +138,8 @@ class Modes:
             ValueError: a parameter, or its state, is not contiguous.
         """
         one_pass = self._one_pass
+        for group in self.param_groups:
+            self._convert_state(group)
         return [
             (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=one_pass))
             for group in self.param_groups

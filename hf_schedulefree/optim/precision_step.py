@@ -60,15 +60,18 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
 
 def _dense(row: HalfRow, uses_v: bool) -> tuple[DenseRow, Tensor] | None:
     """The tensors of a row, and its gradient, if a kernel for its device and dtype could take them; else None."""
-    p, grad, state, _, key = row
+    p, grad, state, storage, key = row
     tensors = (p, state.get(Y_LOW), state["z"], state["exp_avg_sq"] if uses_v else None, grad)
     first = 0
     if type(p) not in kernels.PLAIN_TENSORS:
         tensors = tuple(None if t is None else sharding.local(t) for t in tensors)
         first = sharding.first_index(p)
     *kept, grad = tensors
-    p = kept[0]
+    p, _, z, v = kept
     if first is None or grad.dtype is not p.dtype:
+        return None
+    # A kernel takes all rows of a storage to be kept as the first one is.
+    if z.dtype is not storage.z or (v is not None and v.dtype is not storage.moments):
         return None
     tensors = [t for t in tensors if t is not None]
     if not all(t.is_contiguous() and t.device == p.device and t.shape == p.shape for t in tensors):

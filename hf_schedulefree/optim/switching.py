@@ -171,6 +171,8 @@ def compilable(p: Tensor, state: Mapping[str, Tensor]) -> list[Tensor] | None:
     tensors = [sharding.local(t) for t in tensors]
     p, y, z = tensors[:3]
     alike = all(type(t) in kernels.PLAIN_TENSORS and t.is_contiguous() and t.device == p.device for t in tensors)
+    # The kernel goes as far as p does, which somebody may have given other data.
+    alike = alike and all(t.numel() == p.numel() for t in tensors) and kernels.are_in_memory(tensors)
     if not alike or p.device.type != "cpu" or p.dtype not in kernels.ONE_PASS_DTYPES or y.dtype != p.dtype:
         return None
     if z.dtype == p.dtype or (z.dtype == torch.float32 and p.dtype == torch.bfloat16):
