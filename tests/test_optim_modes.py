@@ -274,3 +274,19 @@ def test_to_show_x_of_another_size_is_an_error(park, dtype):
     p.data, p.grad = torch.zeros(30_000_000, dtype=dtype), None
     with pytest.raises(RuntimeError, match="size"):
         optimizer.eval()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("park", ["copy", "residual"])
+@pytest.mark.parametrize("kind", CASES)
+def test_a_beta_that_is_changed_while_x_is_shown_is_no_change_of_the_weights(kind, park, saved):
+    net, optimizer = trained(kind, implementation="fused", park=park)
+    k, y = optimizer.param_groups[0]["k"], weights(net)
+    optimizer.eval()
+    optimizer.param_groups[0].update(CASES[kind].beta_option)
+    if saved:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not optimizer.weights_replaced()
+    optimizer.train()
+    assert_same(net, y)
+    assert optimizer.param_groups[0]["k"] == k and optimizer.state

@@ -111,7 +111,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         # By id of the group; one for each, as it keeps the parameters alive: DeepSpeed shows others in turn.
         self._repeated: dict[int, RepeatedStep | None] = {}
         check_options(type(self).__name__, options)
-        super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, "parked_k": NOT_PARKED})
+        super().__init__(params, {**options, **FRESH_COUNTERS, "train_mode": False, **NOT_PARKED})
 
     # What a subclass gives
 
@@ -203,7 +203,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         changes: Counter[str] = Counter()
         for group in self.param_groups:
             for p, state in self._started(group):
-                changes.update(conversion.convert_loaded(p, state, self._storage(group, p), self._beta(group)))
+                changes.update(conversion.convert_loaded(p, state, self._storage(group, p), self._shown_beta(group)))
         if changes:
             logger.warning(conversion.message(changes))
 
@@ -222,7 +222,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             if group["train_mode"] or group["parked_k"] != group["k"]:
                 for _, param_state in self._started(group):
                     param_state.pop("y", None)
-                group["parked_k"] = NOT_PARKED
+                group.update(NOT_PARKED)
         self._parts = GroupParts()
         self._repeated = {}
 

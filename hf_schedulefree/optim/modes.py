@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 # Counters of a group at the start of a run; plain numbers, as the Trainer loads checkpoints with weights_only=True.
 FRESH_COUNTERS = dict(zip(capturable.COUNTERS, (0, 0.0, -1.0, 0.0), strict=True))
 
-# `parked_k` of a group whose y is in the model, not in the state.
-NOT_PARKED = -1
+# Of a group whose y is in the model, not in the state; else the step and the beta with which y was parked, as somebody
+# may change beta while x is shown (a scheduler of momentum, say).
+NOT_PARKED = {"parked_k": -1, "parked_beta": None}
 
 
 class Modes:
@@ -61,7 +62,7 @@ class Modes:
                 if "y" not in state:
                     state["y"] = pages.copy_of(p)
             switching.show_x(copied, beta, one_pass=self._one_pass)
-            group["parked_k"] = int(group["k"])
+            group.update(parked_k=int(group["k"]), parked_beta=float(beta))
             group["train_mode"] = False
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Modes:
             for _, state in started:
                 state.pop("y", None)
             self._residuals.forget(group)
-            group["parked_k"] = NOT_PARKED
+            group.update(NOT_PARKED)
             group["train_mode"] = True
 
     @property
@@ -114,6 +115,10 @@ class Modes:
         """
         return self._copies_replaced() or (self.mode == "eval" and not self._residuals.intact())
 
+    def _shown_beta(self, group: dict[str, Any]) -> float:
+        """The beta with which x in the parameters, in eval mode, follows from y and z."""
+        return self._beta(group) if group["parked_beta"] is None else group["parked_beta"]
+
     def _copies_replaced(self) -> bool:
         """`weights_replaced` for the parameters whose y is parked as a copy."""
         groups = [group for group in self.param_groups if group["train_mode"] is False]
@@ -122,7 +127,7 @@ class Modes:
         replaced = any(
             not switching.holds_x(
                 ((p, state) for p, state in self._started(group) if "y" in state),
-                self._beta(group),
+                self._shown_beta(group),
                 one_pass=self._one_pass,
             )
             for group in groups
@@ -169,5 +174,5 @@ class Modes:
         self.state.clear()
         self._residuals.clear()
         for group in self.param_groups:
-            group.update(FRESH_COUNTERS, parked_k=NOT_PARKED)
+            group.update(FRESH_COUNTERS, **NOT_PARKED)
         self._parts = GroupParts()

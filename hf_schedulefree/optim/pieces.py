@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_schedulefree.optim import averaging, kernels, precision, switching
 from hf_schedulefree.optim.precision import Y_LOW
+from hf_schedulefree.optim.stored import stored_beta
 
 # Elements that torch's operations, which need temporaries, take at once.
 _AT_ONCE = 2**16
@@ -69,7 +70,7 @@ def park(groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> Non
     for group, stored in zip(groups, state_dict["param_groups"], strict=True):
         if group["train_mode"] is not True:
             continue
-        stored.update(train_mode=False, parked_k=int(group["k"]))
+        stored.update(train_mode=False, parked_k=int(group["k"]), parked_beta=stored_beta(group))
         for p, index in zip(group["params"], stored["params"], strict=True):
             state = state_dict["state"].get(index)
             if state and "z" in state:

@@ -50,6 +50,7 @@ def read_sequences(state: Mapping[str, Tensor], group: Mapping[str, Any], shown:
         y = precision.wide(shown, state).to(torch.float64)
     elif "y" in state and group.get("parked_k", group["k"]) == group["k"]:
         y = precision.wide(state["y"], state).to(torch.float64)
+        beta = group.get("parked_beta") or beta
     else:
         x = shown.to(torch.float64)
         return Sequences(x, averaging.y_from_x(x, z, beta), z)
