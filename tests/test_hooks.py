@@ -217,3 +217,39 @@ def test_gradients_are_recorded_in_the_closure_alone(former):
         assert torch.is_grad_enabled() == former
     (p,) = optimizer.param_groups[0]["params"]
     assert seen == [True] and all(t.grad_fn is None for t in (p, *optimizer.state[p].values()))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("where", ["method", "in a function"])
+@pytest.mark.parametrize("implementation", ["for-loop", "fused"])
+def test_inside_what_torch_compiles_all_runs_as_it_is(implementation, where, hooked):
+    """The compiler traced the kernels' addresses: an error in a step, a segmentation fault in a switch."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(9, 5))]
+    others = [torch.nn.Parameter(params[0].detach().clone())]
+    optimizer = AdamWScheduleFree(params, implementation=implementation)
+    plain = AdamWScheduleFree(others, implementation=implementation)
+    seen = []
+    if hooked:
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+
+    def everything():
+        twice = params[0].grad * 2
+        optimizer.step()
+        optimizer.eval()
+        assert not optimizer.weights_replaced()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.train()
+        return twice + 1
+
+    step = torch.compile(optimizer.step if where == "method" else everything, backend="eager")
+    optimizer.train()
+    plain.train()
+    for _ in range(4):
+        params[0].grad, others[0].grad = (torch.randn(9, 5),) * 2
+        step()
+        plain.step()
+    assert torch.equal(params[0], others[0]) and optimizer.param_groups[0]["k"] == 4
+    assert len(seen) == 4 * hooked
+    torch._dynamo.reset()

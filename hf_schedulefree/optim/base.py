@@ -171,6 +171,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         known = self.state.get
         return [(p, state) for p in group["params"] if (state := known(p)) and "z" in state]
 
+    @hooks.never_compiled
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""
         self._residuals.become_copies(self.state)
@@ -183,6 +184,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         state_dict["state"] = {i: conversion.gatherable(state) for i, state in state_dict["state"].items()}
         return state_dict
 
+    @hooks.never_compiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a state that was kept in another precision (also by `schedulefree`) is converted to this one's.

@@ -22,10 +22,29 @@ def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
     watched = Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
+    @never_compiled
     def step_or_watched(*args: Any, **options: Any) -> Any:
         return (watched if options or len(args) > 1 or is_watched(args[0]) else step)(*args, **options)
 
     return step_or_watched
+
+
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs as it is inside what torch.compile has compiled, which cannot look into the kernels.
+
+    It does what `torch.compiler.disable` does, which would import the compiler when this module is imported.
+    """
+
+    def as_it_is(*args: Any, **options: Any) -> Any:
+        return torch._dynamo.disable(function)(*args, **options)
+
+    as_it_is._torchdynamo_disable = True
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        return (as_it_is if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return run
 
 
 def is_watched(optimizer: Optimizer) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_schedulefree.optim import averaging, capturable, kernels, pages, pieces, precision, sharding, switching
+from hf_schedulefree.optim import averaging, capturable, hooks, kernels, pages, pieces, precision, sharding, switching
 from hf_schedulefree.optim.kernels import Implementation
 from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.switching import Park, Residuals
@@ -44,6 +44,7 @@ class Modes:
         """ "eval" while the model holds x, else "train"."""
         return "eval" if all(group["train_mode"] is False for group in self.param_groups) else "train"
 
+    @hooks.never_compiled
     @torch.no_grad()
     def eval(self) -> None:
         """Show x in the parameters and park y. Does nothing in eval mode; creates no state."""
@@ -65,6 +66,7 @@ class Modes:
             group.update(parked_k=int(group["k"]), parked_beta=float(beta))
             group["train_mode"] = False
 
+    @hooks.never_compiled
     @torch.no_grad()
     def train(self) -> None:
         """Bring back exactly the y that `eval` parked. Does nothing in train mode; creates no state.
@@ -107,6 +109,7 @@ class Modes:
         """The memory that the parked y takes now."""
         return self._residuals.nbytes + sum(state["y"].nbytes for state in self.state.values() if "y" in state)
 
+    @hooks.never_compiled
     @torch.no_grad()
     def weights_replaced(self) -> bool:
         """Whether, in eval mode, the parameters hold anything else than the x that follows from the parked y and z.
