@@ -32,6 +32,9 @@ from hf_schedulefree.optim.kernels.sources.elements import (
 
 _INTEGERS = {4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
+# Bits of the sign and the exponent.
+_ABOVE_FRACTION = {4: 9, 8: 12}
+
 # A residual beyond these is one of them, and its element is kept whole.
 _LOWEST, _HIGHEST = -128, 127
 
@@ -47,15 +50,22 @@ def _types(dtype: str) -> tuple:
     real = TYPES[dtype][1]
     size = np.dtype(real).itemsize
     whole, unsigned = _INTEGERS[size]
-    return real, size, whole, (unsigned, unsigned(_STRIDE), unsigned(_FACTOR), unsigned(4 * size - 1))
+    above = _ABOVE_FRACTION[size]
+    shifts = unsigned(above), unsigned(8 * size - above), unsigned(4 * size - 1)
+    return real, size, whole, (unsigned, unsigned(_STRIDE), unsigned(_FACTOR), *shifts)
 
 
 @njit(inline="always")
 def _added(bits, place, sum_1, sum_2, constants):
-    """The checksum with one more element: any change of a single one changes `sum_1`."""
-    unsigned, stride, factor, half = constants
+    """The checksum with one more element: any change of a single one changes `sum_1`.
+
+    A product takes no bit downward. So the sign and the exponent go to the lower end first: of numbers that change in
+    the sign alone, two would else cancel out once in 2^16 times.
+    """
+    unsigned, stride, factor, above, below, half = constants
     place = unsigned(place + stride)
-    mixed = unsigned((unsigned(bits) ^ place) * factor)
+    turned = unsigned(unsigned(bits) << above) | unsigned(unsigned(bits) >> below)
+    mixed = unsigned((unsigned(turned) ^ place) * factor)
     return place, unsigned(sum_1 + mixed), unsigned(sum_2 + unsigned(mixed >> half) * mixed)
 
 
