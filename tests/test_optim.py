@@ -235,7 +235,7 @@ def test_a_y_that_schedulefree_left_behind_is_not_taken_for_the_present_one():
 # Options
 
 WRONG = {
-    "lr": [-0.1, float("nan"), float("inf"), "fast"],
+    "lr": [-0.1, float("nan"), float("inf"), "fast", torch.tensor([0.1, 0.2])],
     "weight_decay": [-1.0, float("nan")],
     "warmup_steps": [-1, 0.1, 2.5, float("inf")],
     "r": [-1.0],

@@ -676,6 +676,9 @@ def test_a_model_that_is_cast_takes_its_state_along(before, after, shows, implem
     take_steps([p], optimizer, range(5))
     p.grad, p.data = None, p.data.to(after)
     z = optimizer.state[p]["z"].double()
+    if shows == "x_in_pieces":
+        optimizer.x_in_pieces()
+        assert not optimizer.state[p].get("y_low", torch.zeros(1)).any()
     if shows == "step":
         take_steps([p], optimizer, range(5, 8))
     elif shows == "eval":

@@ -54,7 +54,7 @@ def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> lis
     if has_low and not keeps_low:
         del state[Y_LOW]
         changes.append(f"{Y_LOW} dropped")
-    elif keeps_low and (not has_low or parked is not None):
+    elif keeps_low and (not has_low or parked is not None or _is_of_other_half(state, p.dtype)):
         state[Y_LOW] = pages.zeros_like(p, torch.int16)
         changes.append(f"{Y_LOW} {'renewed' if has_low else 'added'}")
     for name, kept in list(state.items()):
@@ -67,6 +67,11 @@ def convert(p: Tensor, state: dict[str, Tensor], storage: Storage | None) -> lis
     if parked is not None:
         precision.store_y(parked, state["y"], state)
     return changes
+
+
+def _is_of_other_half(state: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    """Whether it was kept for parameters of the other half-precision dtype, whose low bits mean something else."""
+    return "z" in state and state["z"].dtype in precision.HALF_DTYPES and state["z"].dtype != dtype
 
 
 def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None, beta: float) -> list[str]:

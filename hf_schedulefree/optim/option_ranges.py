@@ -10,7 +10,7 @@ from hf_schedulefree.optim import precision
 def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # the latter two for tensors of several elements
         return False
 
 
