@@ -156,10 +156,10 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         """How the state of a half-precision parameter is kept; None if simply in the parameter's dtype."""
         return precision.storage_for(p.dtype, group["state_precision"])
 
-    def _convert_state(self, group: dict[str, Any]) -> None:
-        """In train mode: bring the state along, if parameters were given another dtype, or their group a precision."""
+    def _convert_state(self, group: dict[str, Any], started: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Bring state along, if its parameters, which hold y, were given another dtype, or the group a precision."""
         changes: Counter[str] = Counter()
-        for p, state in self._started(group):
+        for p, state in started:
             storage = self._storage(group, p)
             if not conversion.fits(p, state, storage):
                 changes.update(conversion.convert(p, state, storage))
@@ -299,7 +299,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         )
         repeated = self._repeated.get(id(group))
         if repeated is None or not repeated(params, self.state, choices, numbers):
-            self._convert_state(group)
+            self._convert_state(group, self._started(group))
             self._step_rows(group, first, numbers)
             self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
         capturable.set_counter(group, "k", group["k"] + 1)

@@ -51,14 +51,13 @@ class Modes:
         for group in self.param_groups:
             if group["train_mode"] is False:
                 continue
-            if group["train_mode"] is True:
-                self._convert_state(group)
             group["train_mode"] = None
             beta, started = self._beta(group), self._started(group)
             if self._one_pass and self.park != "copy":
                 self._residuals.park(group, started, beta)
             parked = set(map(id, self._residuals.params(group)))
             copied = [(p, state) for p, state in started if id(p) not in parked]
+            self._convert_state(group, [(p, state) for p, state in copied if "y" not in state])
             for p, state in copied:
                 if "y" not in state:
                     state["y"] = pages.copy_of(p)
@@ -145,14 +144,12 @@ class Modes:
         Raises:
             ValueError: a parameter, or its state, is not contiguous.
         """
-        one_pass = self._one_pass
+        one_pass, found = self._one_pass, []
         for group in self.param_groups:
-            self._convert_state(group)
-        return [
-            (p, pieces.AveragedPieces(p, state, self._beta(group), one_pass=one_pass))
-            for group in self.param_groups
-            for p, state in self._started(group)
-        ]
+            beta, started = self._beta(group), self._started(group)
+            self._convert_state(group, started)
+            found += [(p, pieces.AveragedPieces(p, state, beta, one_pass=one_pass)) for p, state in started]
+        return found
 
     @contextlib.contextmanager
     def state_dicts_at_x(self) -> Iterator[None]:
