@@ -1,7 +1,7 @@
-"""What torch does around a step (hooks, a record for profilers), only where somebody asks for it.
+"""What is around the methods of an optimizer: torch's hooks and records for profilers; no compiler.
 
 torch wraps the `step` of every optimizer class. To record a step for a profiler that does not run, and to look through
-empty lists of hooks, takes as long as a tenth of a small model's step.
+empty lists of hooks, takes as long as a tenth of a small model's step: so that is done where somebody asks for it.
 """
 
 import functools
