@@ -44,6 +44,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
         self._batch_norm_warned = False
+        self._weights_loaded = False  # those of the checkpoint, since it was last asked for its optimizer state
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
         given = dict(zip(("model", "args"), args, strict=False)) | kwargs
         arguments = given.get("args")
@@ -127,7 +128,13 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
             reads = listens(self.callback_handler, event)  # if not, the model can stay as it is
             if not self._training or not (reads or event == "on_save") or self._switch is None:
                 return call_event(event, *args, **kwargs)
-            shown = self.averaged_weights() if event in EVENTS_AT_X else self.training_weights()
+            if event in EVENTS_AT_X:
+                shown = self.averaged_weights()
+            elif self._switch.weights_replaced():
+                # Somebody evaluates others for a while (on_log): to switch now would be to take them for loaded ones.
+                shown = contextlib.nullcontext()
+            else:
+                shown = self.training_weights()
             if not reads:
                 shown = contextlib.nullcontext()
             with shown, hub.token_left_out(self.args):  # a tracker may publish the arguments with the model
@@ -144,7 +151,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         if not resume_from_checkpoint and self._switch is not None and self._switch.weights_replaced():
             logger.warning("Other weights were loaded since the last train(): the optimizer starts anew from them.")
             self._restart()
-        self._training = True
+        self._training, self._weights_loaded = True, False
         try:
             with weights.only_data_loaded(self.is_deepspeed_enabled):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -217,11 +224,16 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
         with adapters.active_adapters_kept(self.model), self._engine.loading_model():
             super()._load_from_checkpoint(checkpoint, model)
+        self._weights_loaded = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # x, y and z must belong together: an optimizer of another step would move the model away.
         if checkpoint is None or self._switch is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._weights_loaded and not self.is_deepspeed_enabled:
+            # With auto_find_batch_size the Trainer resumes again and loads the optimizer only; the model has moved on.
+            self._load_from_checkpoint(checkpoint)
+        self._weights_loaded = False
         loads = self._loads_optimizer(checkpoint)
         if loads and self._engine.load_states(Path(checkpoint)):
             schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
@@ -232,11 +244,12 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
             super()._load_optimizer_and_scheduler(checkpoint)
         if self._fresh_optimizer:
             return self._start_fresh_optimizer()
-        extra_file = os.path.join(checkpoint, EXTRA_STATE_FILE)
+        # Without the file, too: what an earlier run of this Trainer has parked is not of this checkpoint.
+        extra_file, extra = os.path.join(checkpoint, EXTRA_STATE_FILE), {}
         if os.path.isfile(extra_file):
             extra = torch.load(extra_file, map_location="cpu", weights_only=True)
-            for owner in (self._switch, *self._batch_norm_callbacks):
-                owner.load_extra_state(extra)
+        for owner in (self._switch, *self._batch_norm_callbacks):
+            owner.load_extra_state(extra)
         if self._switch.weights_replaced():
             raise ValueError(
                 f"The weights in {checkpoint} are not those that its optimizer state belongs to (or the model was "
@@ -257,10 +270,11 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Outside train(), bf16_full_eval would leave the model rounded, for the next save and the next train().
+        # It may be called directly, and switches by itself. Outside train(), bf16_full_eval would leave the model
+        # rounded, for the next save and the next train().
         cast = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_deepspeed_enabled
         undone = weights.casts_undone(self.model) if cast and self._is_schedule_free_run() else contextlib.nullcontext()
-        with undone:
+        with self.averaged_weights(), undone:
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -467,10 +467,33 @@ def check_full_eval(trainer_class, tmp_path):
     assert same_bits(everything(trainer), everything(once))
 
 
+def check_evaluate_of_the_host(trainer_class, tmp_path):
+    """A Trainer that is extended may read the model in an `evaluate` and a `predict` of its own."""
+    seen = []
+
+    class Reads(Trainer):
+        def evaluate(self, *args, **kwargs):
+            seen.append(watch.truth.name(parameters(self.model)))
+            return super().evaluate(*args, **kwargs)
+
+        def predict(self, *args, **kwargs):
+            seen.append(watch.truth.name(parameters(self.model)))
+            return super().predict(*args, **kwargs)
+
+    class Mine(ScheduleFreeMixin, Reads):
+        pass
+
+    actions = {4: lambda trainer: trainer.predict(token_data()[:4]), 6: lambda trainer: trainer.evaluate()}
+    trainer, watch = watched(Mine, tmp_path, actions=actions)
+    trainer.train()
+    assert seen == ["x", "x"]
+
+
 READERS = {
     "full_eval": check_full_eval,
     "evaluate": check_evaluate,
     "predict": check_predict,
+    "evaluate and predict of the Trainer that is extended": check_evaluate_of_the_host,
     "checkpoint": check_step_checkpoint,
     "save_model": check_save_model,
     "Ray Tune's checkpoint": check_ray_checkpoint,
@@ -502,8 +525,8 @@ OVERRIDES = {
     "_load_best_model": check_best_model,
     "_save_optimizer_and_scheduler": check_batch_norm,
     "_load_optimizer_and_scheduler": check_resume_of_a_foreign_optimizer,
-    "evaluate": check_nothing_perturbs,
-    "predict": check_nothing_perturbs,
+    "evaluate": check_evaluate_of_the_host,
+    "predict": check_evaluate_of_the_host,
     "evaluation_loop": check_full_eval,
     "save_model": check_save_model,
     "_save_checkpoint": check_step_checkpoint,

@@ -52,6 +52,8 @@ class Modes:
             if group["train_mode"] is False:
                 continue
             group["train_mode"] = None
+            # Inside a block of torch.autocast a model would go on with the casts that were made of the former weights.
+            torch.clear_autocast_cache()
             beta, started = self._beta(group), self._started(group)
             if self._one_pass and self.park != "copy":
                 self._residuals.park(group, started, beta)
@@ -86,6 +88,7 @@ class Modes:
         for group in self.param_groups:
             if group["train_mode"] is True:
                 continue
+            torch.clear_autocast_cache()  # as in eval
             started = self._started(group)
             if group["train_mode"] is False:
                 for p, state in started:

@@ -52,7 +52,9 @@ class ForeignSwitch(WeightSwitch):
 
     def __init__(self, optimizer: Any):
         self._optimizer = weakref.ref(optimizer)
-        self._y: list[Tensor] | None = None  # in the order of _parameters(), while x is shown
+        self._y: list[Tensor] | None = None  # while x is shown, of the parameters in _parked
+        self._parked: list[Tensor] = []
+        self._between = False  # a switch was interrupted, or is going on
         self._x_marks: list[int] = []
         self._fresh_groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -69,7 +71,7 @@ class ForeignSwitch(WeightSwitch):
 
     @property
     def settled(self) -> bool:
-        return True
+        return not self._between
 
     @property
     def schedulable(self) -> torch.optim.Optimizer:
@@ -77,29 +79,47 @@ class ForeignSwitch(WeightSwitch):
         return self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.base
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        """What the optimizer may move: also what was frozen after some steps, which has state and is switched."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for p in params if p.requires_grad or self.optimizer.state.get(p)]
 
     @torch.no_grad()
     def show_x(self) -> None:
-        if self.mode == "eval":
+        if self.mode == "eval" and not self._between:
             return
-        self._y = [p.detach().clone(memory_format=torch.preserve_format) for p in self._parameters()]
+        torch.clear_autocast_cache()  # see `Modes.eval`
+        if self._between:
+            self._return_to_y()
+        else:
+            self._parked = self._parameters()
+            self._y = [p.detach().clone(memory_format=torch.preserve_format) for p in self._parked]
+            self._between = True
         self.optimizer.eval()
-        self._x_marks = _marks(self._parameters())
+        self._x_marks = _marks(self._parked)
+        self._between = False
 
     @torch.no_grad()
     def show_y(self) -> None:
-        if self.mode == "eval":
+        if self.mode == "eval" or self._between:
             if self.weights_replaced():
                 logger.warning("The weights were replaced while x was shown: the optimizer starts anew from them.")
                 self.restart()
-            self.optimizer.train()
-            for p, y in zip(self._parameters(), self._y or (), strict=False):
-                p.copy_(y)
-        self._y = None
+            torch.clear_autocast_cache()
+            self._between = self._y is not None
+            self._return_to_y()
+        self._forget()
+
+    def _return_to_y(self) -> None:
+        """Whatever was interrupted: the optimizer's own way back sets its modes, and the copy says what y is."""
+        self.optimizer.train()
+        for p, y in zip(self._parked, self._y or (), strict=True):
+            p.copy_(y)
+
+    def _forget(self) -> None:
+        self._y, self._parked, self._x_marks, self._between = None, [], [], False
 
     def weights_replaced(self) -> bool:
-        return self.mode == "eval" and self._y is not None and _marks(self._parameters()) != self._x_marks
+        return self.mode == "eval" and self.settled and self._y is not None and _marks(self._parked) != self._x_marks
 
     def restart(self) -> None:
         # Wrapper classes keep state of their own, beside that of the optimizer inside.
@@ -114,7 +134,7 @@ class ForeignSwitch(WeightSwitch):
             keep = {key: group[key] for key in ("params", "lr", "initial_lr", "train_mode") if key in group}
             group.clear()
             group.update(copy.deepcopy(fresh), **keep)
-        self._y = None
+        self._forget()
 
     def extra_state(self) -> dict[str, Any]:
         if self._y is None:
@@ -122,15 +142,17 @@ class ForeignSwitch(WeightSwitch):
         # torch loads an optimizer's floating state in the dtype of its parameter, whatever it was saved in.
         dtypes = [
             {key: str(value.dtype).removeprefix("torch.") for key, value in self._state_of(p) if value.dtype != p.dtype}
-            for p in self._parameters()
+            for p in self._parked
         ]
         return {"y": self._y, "dtypes": dtypes}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        self._forget()
         if self.mode == "eval" and "y" in state:
-            self._y = [y.to(p) for p, y in zip(self._parameters(), state["y"], strict=True)]
-            self._x_marks = _marks(self._parameters())
-            for p, dtypes in zip(self._parameters(), state["dtypes"], strict=True):
+            self._parked = self._parameters()
+            self._y = [y.to(p) for p, y in zip(self._parked, state["y"], strict=True)]
+            self._x_marks = _marks(self._parked)
+            for p, dtypes in zip(self._parked, state["dtypes"], strict=True):
                 for key, value in self._state_of(p):
                     if key in dtypes:
                         self.optimizer.state[p][key] = value.to(getattr(torch, dtypes[key]))
