@@ -85,7 +85,9 @@ def _extrapolate(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two floating-point tensors of one dtype hold the same bits; a NaN equals itself, 0.0 is not -0.0."""
+    """Whether two floating-point tensors are of one dtype and hold the same bits; a NaN is itself, 0.0 is not -0.0."""
+    if a.dtype != b.dtype:
+        return False
     whole_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.view(whole_numbers), b.view(whole_numbers))
 

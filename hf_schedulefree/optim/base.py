@@ -320,6 +320,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         """The step of a group whose tensors may be of any kind; the state of some may still be missing."""
         rows: list[kernels.Row] = []
         half_rows: list[HalfRow] = []
+        uses_v = numbers.direction.beta2 is not None
         for position, p in enumerate(group["params"], start=first):
             grad = p.grad
             if grad is None:
@@ -329,9 +330,14 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             state = self.state[p]
             if "z" not in state:
                 state = self._init_state(group, p)
+            if uses_v and "exp_avg_sq" not in state:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step() found a state without exp_avg_sq: it is that of another optimizer. "
+                    "Load a state of this one, or none."
+                )
             storage = self._storage(group, p) if p.dtype in precision.HALF_DTYPES else None
             if storage is None:
-                rows.append((p, state["z"], state.get("exp_avg_sq"), grad))
+                rows.append((p, state["z"], state["exp_avg_sq"] if uses_v else None, grad))
                 continue
             key = RandomKey(group["rounding_seed"], position)
             half_rows.append(HalfRow(p, grad, state, storage, key))

@@ -91,8 +91,11 @@ class Modes:
             torch.clear_autocast_cache()  # as in eval
             started = self._started(group)
             if group["train_mode"] is False:
+                restored = set(map(id, self._residuals.all_params()))
                 for p, state in started:
-                    if "y" not in state:  # a state_dict of `schedulefree`: the return is as exact as theirs
+                    # A state_dict of `schedulefree`: the return is as exact as theirs. (What was restored, for a group
+                    # that somebody has replaced by another one, holds its y already.)
+                    if "y" not in state and id(p) not in restored:
                         state["y"] = pages.copy_of(p)
                         y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
                         precision.store_y(y, state["y"], state)

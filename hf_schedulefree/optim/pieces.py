@@ -47,7 +47,16 @@ class AveragedPieces:
         self.by_caller_alone = self._one_pass is not None
 
     def read(self, first: int, into: Tensor) -> None:
-        """Put the elements from `first` on (in row-major order) into `into`: flat, on CPU, in the parameter's dtype."""
+        """Put the elements from `first` on (in row-major order) into `into`: flat, on CPU, in the parameter's dtype.
+
+        Raises:
+            ValueError: there are not so many elements, or `into` is of another kind.
+        """
+        count = into.numel()
+        if not 0 <= first <= first + count <= self._y.numel():
+            raise ValueError(f"elements {first} to {first + count} were asked for; there are {self._y.numel()}")
+        if not (type(into) is Tensor and into.is_cpu and into.dtype == self._y.dtype and into.is_contiguous()):
+            raise ValueError(f"into must be a contiguous tensor of {self._y.dtype} on CPU")
         if self._one_pass is not None:
             self._one_pass(first, into)
             return

@@ -31,20 +31,36 @@ class Residuals:
     """The way back to y for the parameters, by group, whose y is parked as a residual."""
 
     def __init__(self) -> None:
-        # By id of the group: DeepSpeed shows one at a time.
+        # By id of the group: DeepSpeed shows one at a time. The groups are kept, so that no other one gets that id.
         self._of_group: dict[int, list[ParkedResidual]] = {}
+        self._groups: dict[int, Mapping[str, Any]] = {}
         self._reserves: dict[int, pages.Reserve] = {}
 
     def park(self, group: Mapping[str, Any], started: Iterable[Started], beta: float) -> None:
-        """Show x in all parameters of a group that can do with a residual; an interrupted switch is completed."""
+        """Show x in all parameters of a group that can do with a residual; an interrupted switch is completed.
+
+        Raises:
+            RuntimeError: the switch was interrupted, and parameters have other data since that it cannot go on with.
+        """
         if id(group) not in self._of_group:  # made before any parameter is touched
+            self._groups[id(group)] = group
             self._of_group[id(group)] = _residuals(started, beta, self._memory(group))
+        elif not all(residual.fits() for residual in self._of_group[id(group)]):
+            raise RuntimeError(
+                "A switch between train and eval mode was interrupted, and parameters or their state were replaced by "
+                "others of another size or kind before it was completed. Call train(): the optimizer starts anew "
+                "from the weights that the model holds."
+            )
         for residual in self._of_group[id(group)]:
             residual.park()
 
     def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters of a group that are parked here."""
         return [p for residual in self._of_group.get(id(group), ()) for p in residual.params]
+
+    def all_params(self) -> list[Tensor]:
+        """Those of all groups, also of such as the optimizer does not show any more."""
+        return [p for residual in self._all() for p in residual.params]
 
     def intact(self) -> bool:
         """Whether all parameters that are parked here hold x."""
@@ -55,7 +71,8 @@ class Residuals:
         if all(residual.restore() for residual in self._all()):
             return True
         for residual in self._all():
-            residual.park()
+            if residual.fits():
+                residual.park()
         return False
 
     @property
@@ -74,12 +91,14 @@ class Residuals:
     def forget(self, group: Mapping[str, Any]) -> None:
         """After a switch back."""
         parked = self._of_group.pop(id(group), ())
+        self._groups.pop(id(group), None)
         if parked and id(group) in self._reserves:
             self._reserves[id(group)].put_back(itertools.chain.from_iterable(residual.memory for residual in parked))
 
     def clear(self) -> None:
         """Forget all groups."""
         self._of_group.clear()
+        self._groups.clear()
         self._reserves.clear()
 
     def _memory(self, group: Mapping[str, Any]) -> pages.Take:
@@ -174,6 +193,8 @@ def compilable(p: Tensor, state: Mapping[str, Tensor]) -> list[Tensor] | None:
     # The kernel goes as far as p does, which somebody may have given other data.
     alike = alike and all(t.numel() == p.numel() for t in tensors) and kernels.are_in_memory(tensors)
     if not alike or p.device.type != "cpu" or p.dtype not in kernels.ONE_PASS_DTYPES or y.dtype != p.dtype:
+        return None
+    if tensors[3:] and (p.dtype != torch.bfloat16 or tensors[3].dtype != torch.int16):
         return None
     if z.dtype == p.dtype or (z.dtype == torch.float32 and p.dtype == torch.bfloat16):
         return tensors

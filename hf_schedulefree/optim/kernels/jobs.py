@@ -118,6 +118,7 @@ class Column:
     def show(self, addresses: Sequence[int]) -> None:
         """Put those of contiguous tensors of one dtype there."""
         if addresses != self._shown:
+            self._shown = ()  # if this is interrupted, it is not known what is there
             self._job.table[:, self._index] = self._blocks.of(addresses) + self._offsets
             self._shown = addresses
 

@@ -9,11 +9,13 @@ other weights that were loaded meanwhile are noticed: the block is then left as 
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_schedulefree.optim import kernels
 from hf_schedulefree.optim.kernels import jobs
 from hf_schedulefree.optim.kernels.workers import Work, dtype_name, worker
 from hf_schedulefree.optim.pages import Take, new_bytes
@@ -31,6 +33,11 @@ _BLOCKS_PER_PIECE = 2**12
 
 # Residuals of so many bytes are not expected to be in a cache when they are needed.
 _BEYOND_CACHES = 2**22
+
+_dtype = attrgetter("dtype")
+
+# As of `Tensor.get_device`.
+_CPU = -1
 
 # Columns of the table, one row per block. KEPT_AT: where in the list of whole elements its own begin, or HOLDS_Y.
 PARAMETER, Z, RESIDUAL, ELEMENTS, KEPT_AT, SUM_1, SUM_2 = range(7)
@@ -53,14 +60,16 @@ class ParkedResidual:
 
     def __init__(self, params: Sequence[Tensor], z: Sequence[Tensor], beta: float, take: Take = new_bytes):
         self.params = list(params)
-        self._z = list(z)  # so that it is not freed
+        self._z = list(z)  # so that they live on; their memory may be exchanged, and is looked up at each run
+        # Where the table says that parameters and z are.
+        self._places: dict[int, list[int]] = {PARAMETER: [], Z: []}
         self._weights = (1 - 1 / beta, 1 - beta)
         self._dtype = self.params[0].dtype
         self._sizes = [p.numel() for p in self.params]
         self._blocks = jobs.Blocks(self._sizes, BLOCK)
+        self._offsets = self._blocks.first * self._dtype.itemsize
         self._kept = np.empty(0, np.dtype(f"i{self._dtype.itemsize}"))
         self._table = np.empty((len(self._blocks.elements), COLUMNS), np.int64)
-        self._table[:, Z] = self._blocks.addresses(self._z)
         self._table[:, ELEMENTS] = self._blocks.elements
         self._table[:, KEPT_AT] = HOLDS_Y
         self.memory = []
@@ -72,29 +81,46 @@ class ParkedResidual:
             first = -(-self.memory[-1].data_ptr() // jobs.CACHE_LINE)
             self._table[some, RESIDUAL] = (first + ends - lines) * jobs.CACHE_LINE
         self._past_caches = sum(piece.nbytes for piece in self.memory) >= _BEYOND_CACHES
-        self._job = jobs.Job(self._table, sum(self._sizes), len(self._weights), at_once=_BLOCKS_AT_ONCE)
+        self._job = self._job_over(self._table)
 
     @property
     def nbytes(self) -> int:
         """What it takes to come back."""
         return sum(piece.nbytes for piece in (*self.memory, self._kept, self._table))
 
+    def fits(self) -> bool:
+        """Whether parameters and z are still what the table is for: of that kind and size, in whatever place."""
+        return all(
+            self._are_in_place(tensors, column)
+            or (kernels.are_alike(tensors, self._dtype, _CPU) and list(map(Tensor.numel, tensors)) == self._sizes)
+            for tensors, column in ((self.params, PARAMETER), (self._z, Z))
+        )
+
+    def _are_in_place(self, tensors: Sequence[Tensor], column: int) -> bool:
+        """Whether these are where they were, of that size: the usual case, which is found out in half the time."""
+        return (
+            list(map(Tensor.data_ptr, tensors)) == self._places[column]
+            and list(map(Tensor.numel, tensors)) == self._sizes
+            and list(map(_dtype, tensors)).count(self._dtype) == len(tensors)
+            and all(map(Tensor.is_contiguous, tensors))
+        )
+
     def park(self) -> None:
-        """Show x in the parameters."""
+        """Show x in the parameters, which fit."""
         # Room for all elements that are y, of which only what is written to becomes memory.
         used, to_park = len(self._kept), self._table[:, KEPT_AT] == HOLDS_Y
         room = np.empty(used + int(self._table[to_park, ELEMENTS].sum()), self._kept.dtype)
         room[:used] = self._kept
         self._kept = room
-        used = self._run(self._work("park", self._past_caches), self.params, counted=used)
+        used = self._run(self._work("park", self._past_caches), counted=used)
         torch.autograd.graph.increment_version(self.params)
         self._kept = room[:used].copy()
 
     def restore(self) -> bool:
         """Bring back y, if the parameters still hold x: else nothing changes, and it returns False."""
-        if not self._as_parked():
+        if not self.fits():
             return False
-        others = self._run(self._work("restore", False), self.params)
+        others = self._run(self._work("restore", False))
         torch.autograd.graph.increment_version(self.params)
         if others == 0:
             return True
@@ -103,25 +129,38 @@ class ParkedResidual:
 
     def intact(self) -> bool:
         """Whether the parameters still hold x."""
-        return self._as_parked() and self._run(self._work("restore", True), self.params) == 0
+        return self.fits() and self._run(self._work("restore", True)) == 0
 
     def y(self) -> list[Tensor]:
         """Copies of y in the shapes of the parameters, which go on holding x; of other weights where they do not."""
         copies = [p.detach().clone() for p in self.params]
-        if not self._as_parked():
-            return copies
-        table = self._table.copy()
-        self._run(self._work("restore", False), copies)
-        self._table[:] = table
+        if self.fits():
+            self._run(self._work("restore", False), tensors=copies)
         return copies
 
-    def _as_parked(self) -> bool:
-        sizes = [p.numel() for p in self.params if p.is_contiguous() and p.dtype == self._dtype and p.is_cpu]
-        return sizes == self._sizes
+    def _job_over(self, table: np.ndarray) -> jobs.Job:
+        return jobs.Job(table, sum(self._sizes), len(self._weights), at_once=_BLOCKS_AT_ONCE)
 
     def _work(self, name: str, *options: bool) -> Work:
         return worker(f"residual.{name}", dtype_name(self.params[0]), *options)
 
-    def _run(self, work: Work, tensors: Sequence[Tensor], counted: int = 0) -> int:
-        self._table[:, PARAMETER] = self._blocks.addresses(tensors)
-        return self._job.run(work, self._weights, counted=counted, extra=self._kept.ctypes.data)
+    def _run(self, work: Work, *, counted: int = 0, tensors: Sequence[Tensor] | None = None) -> int:
+        """Over the parameters; or over others instead, in a table of their own, so that this one stays as it is."""
+        self._point_at(self._table, self._places, PARAMETER, self.params)
+        self._point_at(self._table, self._places, Z, self._z)
+        job = self._job
+        if tensors is not None:
+            table = self._table.copy()
+            self._point_at(table, {PARAMETER: []}, PARAMETER, tensors)
+            job = self._job_over(table)
+        return job.run(work, self._weights, counted=counted, extra=self._kept.ctypes.data)
+
+    def _point_at(
+        self, table: np.ndarray, places: dict[int, list[int]], column: int, tensors: Sequence[Tensor]
+    ) -> None:
+        """Put the addresses of tensors into a table, unless they are there: `places` says so."""
+        at = list(map(Tensor.data_ptr, tensors))
+        if at != places[column]:
+            places[column] = []  # if this is interrupted, it is not known what is there
+            table[:, column] = self._blocks.of(at) + self._offsets
+            places[column] = at

@@ -31,16 +31,17 @@ def show_x_(
 def x_in_parts(y: Tensor, z: Tensor, beta: float, y_low: Tensor | None = None) -> Callable[[int, Tensor], None]:
     """What writes x, from any element on, into another tensor: in the calling thread, in few microseconds besides.
 
-    Tensors as for `show_x_`; they must not be freed before it is.
+    Tensors as for `show_x_`. They are kept, and asked at each call where they are: their storage may move, into memory
+    that is shared with other processes, say.
     """
     work = worker("switch.write", dtype_name(y), False, y_low is not None, z.dtype != y.dtype)
     low = y if y_low is None else y_low
-    (y_at, y_size), (z_at, z_size), (low_at, low_size) = ((t.data_ptr(), t.element_size()) for t in (y, z, low))
+    y_size, z_size, low_size = (t.element_size() for t in (y, z, low))
     weight = 1 - 1 / beta
 
     def write(first: int, into: Tensor) -> None:
-        places = into.data_ptr(), y_at + y_size * first, z_at + z_size * first, low_at + low_size * first
-        jobs.run_row(work, (*places, into.numel()), weight)
+        places = y.data_ptr() + y_size * first, z.data_ptr() + z_size * first, low.data_ptr() + low_size * first
+        jobs.run_row(work, (into.data_ptr(), *places, into.numel()), weight)
 
     return write
 

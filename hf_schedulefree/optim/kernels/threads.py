@@ -1,10 +1,11 @@
 """One C function in many threads: in torch's own, where its OpenMP can be called; none left over in a forked child."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -20,6 +21,8 @@ _pool_size = 0
 _lock = threading.Lock()
 _forked = False
 
+_HELPER, _CALLER = "helper", "caller"
+
 
 def run(work: Work, argument: int, count: int) -> None:
     """Call `work(argument)` in `count` threads at once, the calling one among them; returns when all have returned.
@@ -32,13 +35,45 @@ def run(work: Work, argument: int, count: int) -> None:
     parallel = None if _forked else _openmp()
     if parallel is not None:
         return parallel(work.address, argument, count, 0)
-    function = _function(work.address)
-    futures = [_threads(count - 1).submit(function, argument) for _ in range(count - 1)]
+    _run_with_helpers(_function(work.address), argument, count - 1)
+
+
+def _run_with_helpers(function: Callable[[int], None], argument: int, count: int) -> None:
+    claims: dict[int, str] = {}  # who takes the part of each helper; the first one to say so does
+    finished = [threading.Event() for _ in range(count)]
+
+    def help_(index: int) -> None:
+        if claims.setdefault(index, _HELPER) == _HELPER:
+            try:
+                function(argument)
+            finally:
+                finished[index].set()
+
     try:
+        with contextlib.suppress(RuntimeError):  # no thread to be had: those that there are do all of it
+            for index in range(count):
+                _threads(count).submit(help_, index)
         function(argument)
-    finally:  # nobody may read or free the tensors before all are done
-        for future in futures:
-            future.result()
+    finally:
+        _leave_and_wait(claims, finished)
+
+
+def _leave_and_wait(claims: dict[int, str], finished: Sequence[threading.Event]) -> None:
+    """Leave nothing to helpers that have not begun, and wait for the others, also while Ctrl-C is pressed again.
+
+    Nobody may read or free the tensors before all are done.
+    """
+    interrupt, done = None, False
+    while not done:
+        try:
+            for index, event in enumerate(finished):
+                if claims.setdefault(index, _CALLER) == _HELPER:
+                    event.wait()
+            done = True
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @functools.cache
