@@ -43,7 +43,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
     `.eval()` before reading the weights; an optimizer starts in eval mode.
 
     `.eval()` parks y and `.train()` brings back the very same bits. A `state_dict` taken in eval mode contains the
-    parked y, so the return is exact after a checkpoint, too.
+    parked y, so the return is exact after a checkpoint, too. As with torch's optimizers, only one thread may use an
+    optimizer at a time.
 
     A subclass gives its direction (`_direction`), its learning-rate factor (`_lr_factor`) and the name of its
     averaging beta (`_beta`). It never touches x, y or z.
