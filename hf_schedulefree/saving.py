@@ -64,8 +64,10 @@ class CheckpointMixin:
         self._push_after_commit = False
         try:
             self._write_and_commit(destination, model, trial, *args, **kwargs)
-        except Exception as error:
-            self.state.best_model_checkpoint = best_before
+        except BaseException as error:
+            self.state.best_model_checkpoint = best_before  # while a checkpoint is staged, that may be its place there
+            if not isinstance(error, Exception):
+                raise
             self._save_failed = True
             if self.args.should_save:
                 with contextlib.suppress(OSError):

@@ -250,6 +250,34 @@ def test_a_step_saved_again_replaces_the_folder_as_a_whole(run):
     assert verify_checkpoint(run / "checkpoint-6").step == 6
 
 
+@pytest.mark.parametrize("where", ["_save_rng_state", "_name_best_checkpoint", "_checkpoint_facts"])
+def test_after_an_interrupted_save_the_best_checkpoint_is_one_that_is_there(tmp_path, monkeypatch, where):
+    trainer = tiny_trainer(
+        tmp_path,
+        save_total_limit=3,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        more={"eval_dataset": [{"input_ids": torch.arange(8), "labels": torch.arange(8)}]},
+    )
+    part = getattr(trainer, where)
+
+    def interrupted(*args, **kwargs):
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+        return part(*args, **kwargs)
+
+    def evaluated(*args, evaluate=trainer.evaluate, **kwargs):
+        return evaluate(*args, **kwargs) | {"eval_loss": -trainer.state.global_step}
+
+    monkeypatch.setattr(trainer, where, interrupted)
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.best_global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_replaced_folder_is_there_whenever_the_move_fails(run, monkeypatch, exchange):
     staged = commit.staged_folder(run, "checkpoint-6")
