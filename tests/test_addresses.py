@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import threading
+import weakref
 
 import pytest
 import torch
@@ -95,6 +96,91 @@ def test_a_parameter_without_memory_does_not_hold_x(caplog):
     params[0].data = torch._efficientzerotensor(SIZE)
     optimizer.train()
     assert restarts(caplog)
+
+
+# What a switch has prepared, at the next one
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def of_first(change):
+    def changed(params, optimizer):
+        state = optimizer.state[params[0]]
+        params[0].data, state["z"] = change(params[0].data, state["z"])
+
+    return changed
+
+
+def with_grads(params, optimizer):
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+
+BETWEEN = {
+    "nothing": lambda params, optimizer: None,
+    "gradients": with_grads,
+    "a step": step,
+    "moved": of_first(lambda p, z: (p.clone(), z.clone())),
+    "z of another dtype": of_first(lambda p, z: (p, z.double())),
+    "z moved": of_first(lambda p, z: (p, z.clone())),
+    "exchanged": of_first(lambda p, z: (z, p)),
+    "apart": of_first(lambda p, z: (torch.stack([p, p], 1)[:, 0], torch.stack([z, z], 1)[:, 0])),
+    "shorter": of_first(lambda p, z: (p[:7], z[:7])),
+    "of another shape": of_first(lambda p, z: (p.view(100, -1), z.view(100, -1))),
+    "negated": of_first(lambda p, z: (p, torch._neg_view(z))),
+    "of a subclass": of_first(lambda p, z: (p, z.as_subclass(Subclass))),
+    "of another dtype": of_first(lambda p, z: (p.double(), z.double())),
+    "half": of_first(lambda p, z: (p.bfloat16(), z.bfloat16())),
+    "without state": lambda params, optimizer: optimizer.state.pop(params[0]),
+    "another beta": lambda params, optimizer: optimizer.param_groups[0].update(betas=(0.8, 0.999)),
+    "other order": lambda params, optimizer: optimizer.param_groups[0]["params"].reverse(),
+    "two groups": lambda params, optimizer: optimizer.param_groups.append(
+        {**optimizer.param_groups[0], "params": [optimizer.param_groups[0]["params"].pop()]}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+def test_what_one_switch_has_prepared_fits_the_next_one_or_is_made_anew(change, caplog):
+    params, optimizer = stepped(park="residual")
+    others, plain = stepped(park="copy")
+    for tensors, one in ((params, optimizer), (others, plain)):
+        one.eval()
+        one.train()
+        torch.manual_seed(1)
+        change(tensors, one)
+    y = clones(params)
+    assert same(y, others)
+    for _ in range(2):
+        optimizer.eval()
+        plain.eval()
+        assert same(params, others) and not optimizer.weights_replaced()
+        optimizer.train()
+        plain.train()
+        assert same(params, y) and same(others, y)
+    assert not restarts(caplog)
+
+
+def test_what_a_switch_has_prepared_is_used_again_and_holds_no_tensors(monkeypatch):
+    params, optimizer = stepped(park="residual")
+    optimizer.eval()
+    optimizer.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(ParkedResidual, "__init__", interrupt)
+        optimizer.eval()
+        optimizer.train()
+    params.append(nn.Parameter(torch.randn(SIZE)))
+    optimizer.param_groups[0]["params"].append(params[-1])
+    step(params, optimizer)
+    optimizer.eval()
+    assert not any("y" in optimizer.state[p] for p in params)
+    optimizer.train()
+    z = weakref.ref(optimizer.state[params[0]]["z"])
+    optimizer.state.clear()
+    gc.collect()
+    assert z() is None
 
 
 # Interruptions

@@ -89,10 +89,9 @@ class Modes:
             if group["train_mode"] is True:
                 continue
             torch.clear_autocast_cache()  # as in eval
-            started = self._started(group)
             if group["train_mode"] is False:
                 restored = set(map(id, self._residuals.all_params()))
-                for p, state in started:
+                for p, state in self._started(group):
                     # A state_dict of `schedulefree`: the return is as exact as theirs. (What was restored, for a group
                     # that somebody has replaced by another one, holds its y already.)
                     if "y" not in state and id(p) not in restored:
@@ -100,11 +99,11 @@ class Modes:
                         y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
                         precision.store_y(y, state["y"], state)
             group["train_mode"] = None
-            for p, state in started:
-                if "y" in state:
-                    p.copy_(state["y"])
-            for _, state in started:
-                state.pop("y", None)
+            copied = self._copied(group)
+            for p, state in copied:
+                p.copy_(state["y"])
+            for _, state in copied:
+                del state["y"]
             self._residuals.forget(group)
             group.update(NOT_PARKED)
             group["train_mode"] = True
@@ -133,14 +132,16 @@ class Modes:
         if not groups:
             return False
         replaced = any(
-            not switching.holds_x(
-                ((p, state) for p, state in self._started(group) if "y" in state),
-                self._shown_beta(group),
-                one_pass=self._one_pass,
-            )
+            not switching.holds_x(copied, self._shown_beta(group), one_pass=self._one_pass)
             for group in groups
+            if (copied := self._copied(group))
         )
         return sharding.in_any_process(replaced, (p for group in groups for p in group["params"]))
+
+    def _copied(self, group: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The parameters of a group whose y is parked as a copy, with their state."""
+        known = self.state.get
+        return [(p, state) for p in group["params"] if (state := known(p)) and "y" in state and "z" in state]
 
     # x for files, while the parameters hold y and go on to hold it.
 

@@ -1,7 +1,7 @@
 """x shown in the parameters of a group and y put away: by the compiled kernels where they can, else by torch."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,8 +35,10 @@ class Residuals:
         self._of_group: dict[int, list[ParkedResidual]] = {}
         self._groups: dict[int, Mapping[str, Any]] = {}
         self._reserves: dict[int, pages.Reserve] = {}
+        # What was used at the last switch, to be used again; they hold no tensors.
+        self._ended: dict[int, list[ParkedResidual]] = {}
 
-    def park(self, group: Mapping[str, Any], started: Iterable[Started], beta: float) -> None:
+    def park(self, group: Mapping[str, Any], started: Sequence[Started], beta: float) -> None:
         """Show x in all parameters of a group that can do with a residual; an interrupted switch is completed.
 
         Raises:
@@ -44,7 +46,8 @@ class Residuals:
         """
         if id(group) not in self._of_group:  # made before any parameter is touched
             self._groups[id(group)] = group
-            self._of_group[id(group)] = _residuals(started, beta, self._memory(group))
+            ended = self._ended.pop(id(group), [])
+            self._of_group[id(group)] = _residuals(started, beta, self._memory(group), ended)
         elif not all(residual.fits() for residual in self._of_group[id(group)]):
             raise RuntimeError(
                 "A switch between train and eval mode was interrupted, and parameters or their state were replaced by "
@@ -90,16 +93,21 @@ class Residuals:
 
     def forget(self, group: Mapping[str, Any]) -> None:
         """After a switch back."""
-        parked = self._of_group.pop(id(group), ())
+        parked = self._of_group.pop(id(group), [])
         self._groups.pop(id(group), None)
-        if parked and id(group) in self._reserves:
-            self._reserves[id(group)].put_back(itertools.chain.from_iterable(residual.memory for residual in parked))
+        if not parked:
+            return
+        memory = list(itertools.chain.from_iterable(residual.end() for residual in parked))
+        if id(group) in self._reserves:
+            self._reserves[id(group)].put_back(memory)
+        self._ended[id(group)] = parked
 
     def clear(self) -> None:
         """Forget all groups."""
         self._of_group.clear()
         self._groups.clear()
         self._reserves.clear()
+        self._ended.clear()
 
     def _memory(self, group: Mapping[str, Any]) -> pages.Take:
         """What gives memory: where the gradients were freed, theirs, to be left to them again; else its own pages."""
@@ -112,21 +120,38 @@ class Residuals:
         return itertools.chain(*self._of_group.values())
 
 
-def _residuals(started: Iterable[Started], beta: float, take: pages.Take) -> "list[ParkedResidual]":
+def _residuals(
+    started: Sequence[Started], beta: float, take: pages.Take, ended: "Sequence[ParkedResidual]"
+) -> "list[ParkedResidual]":
+    """What y is parked in where it can be a residual; `ended` are those of the last time, which are used up."""
     if kernels.switch_kernel() is None:
         return []
     from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
 
     rows = [(p, state["z"]) for p, state in started if "y" not in state]
-    if not rows or not kernels.all_plain_and_alike(rows):
+    if not rows:
+        return []
+    if len(rows) == sum(residual.count for residual in ended):
+        rest = iter(rows)
+        if all(residual.begin_again(*_next_columns(rest, residual.count), beta, take) for residual in ended):
+            return list(ended)
+    if kernels.all_plain_and_alike(rows):
+        by_kind = {(rows[0][0].device.type, rows[0][0].dtype): rows}
+    else:
         if any(sharding.is_sharded(p) for p, _ in rows):
             return []  # all processes must agree before they go back
-        rows = [(p, z) for p, z in rows if kernels.dense((p, z, None, z)) is not None]
-    by_kind: dict[object, list[tuple[Tensor, Tensor]]] = {}
-    for kind, some in itertools.groupby(rows, lambda row: (row[0].device.type, row[0].dtype)):
-        by_kind.setdefault(kind, []).extend(some)
+        by_kind = {}
+        for p, z in rows:
+            if kernels.dense((p, z, None, z)) is not None:
+                by_kind.setdefault((p.device.type, p.dtype), []).append((p, z))
     parts = (part for dtype in DTYPES for part in _parts(by_kind.get(("cpu", dtype), ())))
-    return [ParkedResidual(*map(list, zip(*part, strict=True)), beta, take) for part in parts]
+    return [ParkedResidual(*_next_columns(iter(part), len(part)), beta, take) for part in parts]
+
+
+def _next_columns(rows: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters and the z of the next rows."""
+    params, z = zip(*itertools.islice(rows, count), strict=True)
+    return list(params), list(z)
 
 
 def _parts(rows: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -142,6 +142,11 @@ def are_alike(tensors: Sequence[Tensor | None], dtype: torch.dtype, device: int)
     )
 
 
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are of types whose numbers lie in their memory, and not of negated views."""
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
 def are_in_memory(tensors: Sequence[Tensor]) -> bool:
     """`is_in_memory` for all of them."""
     usual = all(map(Tensor.data_ptr, tensors)) and not any(map(Tensor.is_neg, tensors))
