@@ -588,6 +588,24 @@ def test_converted_state_before_its_weights():
         torch.testing.assert_close(p, expected, rtol=2**-7, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("saved", [torch.float32, torch.float64])
+def test_a_wider_run_continues_in_half_precision(saved, dtype):
+    params, optimizer = make(saved)
+    take_steps(params, optimizer, range(6))
+    y = [p.detach().clone() for p in params]
+    optimizer.eval()
+    others, other = make(dtype, "split")
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.train()
+    assert other.param_groups[0]["k"] == 6
+    for p, expected in zip(others, y, strict=True):
+        torch.testing.assert_close(precision.wide(p, other.state[p]), expected.float(), rtol=1e-6, atol=1e-7)
+
+
 def test_a_bfloat16_run_continues_in_float32():
     params, optimizer = make(torch.bfloat16, "split")
     take_steps(params, optimizer, range(6))

@@ -130,7 +130,7 @@ def store_y(value: Tensor, y: Tensor, state: Mapping[str, Tensor]) -> None:
     if Y_LOW not in state:
         sharding.local(y).copy_(value)
         return
-    high, low = split(value, y.dtype)
+    high, low = split(value.float(), y.dtype)
     sharding.local(y).copy_(high)
     sharding.local(state[Y_LOW]).copy_(low)
 
