@@ -343,7 +343,7 @@ def of_all_groups(run):
     for group in optimizer.param_groups:
         step = optimizer._repeated[id(group)]
         with torch.no_grad():
-            numbers = optimizer._step_numbers(group)
+            numbers, _ = optimizer._step_numbers(group)
             taken.append(step(group["params"], optimizer.state, step._choices._replace(first=first), numbers))
         first += len(group["params"])
     return taken

@@ -19,6 +19,7 @@ from hf_schedulefree.optim import (
     pieces,
     precision,
     precision_step,
+    sharding,
 )
 from hf_schedulefree.optim.averaging import Scalar
 from hf_schedulefree.optim.directions import Direction
@@ -33,6 +34,9 @@ from hf_schedulefree.optim.repeated import Choices, RepeatedStep
 from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
+
+# What `load_state_dict` gives an optimizer, as other objects.
+_REPLACED_BY_LOADING = ("state", "param_groups", "_residuals", "_parts", "_repeated")
 
 
 class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
@@ -143,14 +147,16 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
                     self._init_state(group, p)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        if "z" not in state:
-            state["z"] = pages.copy_of(p)
-            state.update(self._new_state(p))
-            conversion.convert(p, state, self._storage(group, p))
+        state = self.state.get(p)
+        if not state or "z" not in state:
+            # All of it or nothing joins, as memory may be short, or somebody may interrupt.
+            new = {"z": pages.copy_of(p), **self._new_state(p)}
+            conversion.convert(p, new, self._storage(group, p))
             if group["train_mode"] is False:
-                state["y"] = pages.copy_of(p)
+                new["y"] = pages.copy_of(p)
                 group["parked_k"] = int(group["k"])
+            state = self.state[p]
+            state.update(new)
         return state
 
     def _storage(self, group: dict[str, Any], p: Tensor) -> Storage | None:
@@ -191,22 +197,36 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         """As in torch; a state that was kept in another precision (also by `schedulefree`) is converted to this one's.
 
         Precision and `capturable` are this object's choice, as the dtype of the parameters is; the rounding seed is
-        that of the run.
+        that of the run. If it cannot be loaded, or is interrupted, the optimizer is as it was.
         """
         loaded: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
         own = [{name: group[name] for name in ("state_precision", "capturable")} for group in self.param_groups]
+        former = {name: getattr(self, name) for name in _REPLACED_BY_LOADING}
+        changes: Counter[str] = Counter()
+        shown: list[Tensor] = []
         try:
             super().load_state_dict(state_dict)
+            for group, choices in zip(self.param_groups, own, strict=True):
+                group.update(choices)
+            conversion.undo_casts(self, loaded[0])
+            for group in self.param_groups:
+                for p, state in self._started(group):
+                    storage, beta = self._storage(group, p), self._shown_beta(group)
+                    changed, shows_x = conversion.convert_loaded(p, state, storage, beta)
+                    changes.update(changed)
+                    shown += [p] if shows_x else []
+        except BaseException:
+            self.__dict__.update(former)
+            raise
         finally:
             hook.remove()
-        for group, choices in zip(self.param_groups, own, strict=True):
-            group.update(choices)
-        conversion.undo_casts(self, loaded[0])
-        changes: Counter[str] = Counter()
+        # From here on the parameters change: those that are not reached do not hold x, which the next train() notices.
         for group in self.param_groups:
+            beta, params = self._shown_beta(group), set(map(id, shown))
             for p, state in self._started(group):
-                changes.update(conversion.convert_loaded(p, state, self._storage(group, p), self._shown_beta(group)))
+                if id(p) in params:
+                    sharding.local(p).copy_(precision.rounded_x(state, beta))
         if changes:
             logger.warning(conversion.message(changes))
 
@@ -294,7 +314,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], first: int) -> None:
-        numbers, params = self._step_numbers(group), group["params"]
+        (numbers, counters), params = self._step_numbers(group), group["params"]
         choices = Choices(
             self.implementation, group["state_precision"], group["rounding_seed"], group["capturable"], first
         )
@@ -303,19 +323,17 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             self._convert_state(group, self._started(group))
             self._step_rows(group, first, numbers)
             self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
-        capturable.set_counter(group, "k", group["k"] + 1)
+        capturable.set_counters(group, counters)  # only now: a step that could not be made does not count
 
-    def _step_numbers(self, group: dict[str, Any]) -> StepNumbers:
-        """The numbers of the group's next step, which its counters take part in."""
+    def _step_numbers(self, group: dict[str, Any]) -> tuple[StepNumbers, dict[str, Scalar]]:
+        """The numbers of the group's next step, which its counters take part in; and the counters after it."""
         capturable.place_counters(group)
-        lr = capturable.learning_rate(group) * self._lr_factor(group)
-        capturable.set_counter(group, "scheduled_lr", lr)  # the rate this step really used, for logging
-        capturable.set_counter(group, "lr_max", averaging.at_least(lr, group["lr_max"]))
-        c, weight_sum = averaging.averaging_weight(
-            group["k"], group["lr_max"], group["r"], group["weight_lr_power"], group["weight_sum"]
-        )
-        capturable.set_counter(group, "weight_sum", weight_sum)
-        return StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), group["k"])
+        k, lr = group["k"], capturable.learning_rate(group) * self._lr_factor(group)
+        lr_max = averaging.at_least(lr, group["lr_max"])
+        c, weight_sum = averaging.averaging_weight(k, lr_max, group["r"], group["weight_lr_power"], group["weight_sum"])
+        # scheduled_lr: the rate this step really used, for logging
+        counters = {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max, "scheduled_lr": lr}
+        return StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), k), counters
 
     def _step_rows(self, group: dict[str, Any], first: int, numbers: StepNumbers) -> None:
         """The step of a group whose tensors may be of any kind; the state of some may still be missing."""
@@ -328,9 +346,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-            state = self.state[p]
-            if "z" not in state:
-                state = self._init_state(group, p)
+            state = self._init_state(group, p)
             if uses_v and "exp_avg_sq" not in state:
                 raise RuntimeError(
                     f"{type(self).__name__}.step() found a state without exp_avg_sq: it is that of another optimizer. "

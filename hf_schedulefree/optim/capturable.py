@@ -35,12 +35,13 @@ def plain_counters(group: Mapping[str, Any]) -> dict[str, float]:
     return {name: int(group[name]) if name == "k" else float(group[name]) for name in COUNTERS}
 
 
-def set_counter(group: dict[str, Any], name: str, value: Scalar) -> None:
-    """Give a counter a new value, in the tensor that it is in, if it is in one."""
-    if isinstance(group[name], Tensor):
+def set_counters(group: dict[str, Any], counters: Mapping[str, Scalar]) -> None:
+    """Give the counters new values, all at once, or in the tensors that they are in."""
+    if not isinstance(group["k"], Tensor):
+        group.update(counters)
+        return
+    for name, value in counters.items():
         group[name].copy_(value)
-    else:
-        group[name] = value
 
 
 def learning_rate(group: Mapping[str, Any]) -> Scalar:

@@ -74,21 +74,23 @@ def _is_of_other_half(state: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
     return "z" in state and state["z"].dtype in precision.HALF_DTYPES and state["z"].dtype != dtype
 
 
-def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None, beta: float) -> list[str]:
-    """As `convert`, for a state that may hold a parked y: the parameter then shows the x of the converted state.
+def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None, beta: float) -> tuple[list[str], bool]:
+    """As `convert`, for a state that may hold a parked y: the parameter has to show the x of the converted state then.
 
     Where the parameter does not hold the x of the saved state (the weights may be loaded later), the parked y is
     dropped, and y will follow from the weights.
+
+    Returns:
+        What was changed, and whether the parameter, which is not written to, held x: it is another one now.
     """
     saved = dict(state)
     changes = convert(p, state, storage)
-    if changes and "y" in saved:
-        shown = sharding.local(p)
-        if averaging.same_bits(shown, precision.rounded_x(saved, beta).to(p.dtype)):
-            shown.copy_(precision.rounded_x(state, beta))
-        else:
-            del state["y"]
-    return changes
+    if not (changes and "y" in saved):
+        return changes, False
+    shows_x = averaging.same_bits(sharding.local(p), precision.rounded_x(saved, beta).to(p.dtype))
+    if not shows_x:
+        del state["y"]
+    return changes, shows_x
 
 
 def message(changes: Mapping[str, int], state: str = "loaded optimizer state") -> str:

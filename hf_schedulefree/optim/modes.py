@@ -178,8 +178,9 @@ class Modes:
 
     def restart(self) -> None:
         """Start anew from the weights that the model holds: x = y = z, counters and moments as in a new optimizer."""
-        self.state.clear()
-        self._residuals.clear()
+        # In this order, so that one that was interrupted is made again by the next train().
         for group in self.param_groups:
             group.update(FRESH_COUNTERS, **NOT_PARKED)
         self._parts = GroupParts()
+        self.state.clear()
+        self._residuals.clear()
