@@ -172,6 +172,8 @@ def test_an_interrupted_load_leaves_the_optimizer_as_it_was(saved, mode, caplog)
     twin = copy.deepcopy(trained)
     load(twin)
     loaded = _all_of(twin)
+    twin.train()
+    back = _all_of(twin)
     functions = (
         ScheduleFreeOptimizer.load_state_dict,
         ScheduleFreeOptimizer.__setstate__,
@@ -187,5 +189,6 @@ def test_an_interrupted_load_leaves_the_optimizer_as_it_was(saved, mode, caplog)
             load(optimizer)
             assert _all_of(optimizer) == loaded
         else:  # it is loaded, but for parameters that do not show the converted x yet
-            assert now[1:] == loaded[1:]
+            optimizer.train()
+            assert _all_of(optimizer) == back
     assert lines > 40

@@ -204,29 +204,31 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         own = [{name: group[name] for name in ("state_precision", "capturable")} for group in self.param_groups]
         former = {name: getattr(self, name) for name in _REPLACED_BY_LOADING}
         changes: Counter[str] = Counter()
-        shown: list[Tensor] = []
+        to_show: list[tuple[dict[str, Any], Any, list[tuple[Tensor, dict[str, Tensor]]]]] = []
         try:
             super().load_state_dict(state_dict)
             for group, choices in zip(self.param_groups, own, strict=True):
                 group.update(choices)
             conversion.undo_casts(self, loaded[0])
             for group in self.param_groups:
+                shown = []
                 for p, state in self._started(group):
                     storage, beta = self._storage(group, p), self._shown_beta(group)
                     changed, shows_x = conversion.convert_loaded(p, state, storage, beta)
                     changes.update(changed)
-                    shown += [p] if shows_x else []
+                    shown += [(p, state)] if shows_x else []
+                if shown:
+                    to_show.append((group, group["train_mode"], shown))
+                    group["train_mode"] = None  # from here on, the next switch completes what is interrupted
         except BaseException:
             self.__dict__.update(former)
             raise
         finally:
             hook.remove()
-        # From here on the parameters change: those that are not reached do not hold x, which the next train() notices.
-        for group in self.param_groups:
-            beta, params = self._shown_beta(group), set(map(id, shown))
-            for p, state in self._started(group):
-                if id(p) in params:
-                    sharding.local(p).copy_(precision.rounded_x(state, beta))
+        for group, mode, shown in to_show:
+            for p, state in shown:
+                sharding.local(p).copy_(precision.rounded_x(state, self._shown_beta(group)))
+            group["train_mode"] = mode
         if changes:
             logger.warning(conversion.message(changes))
 
