@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -46,10 +46,11 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         self._batch_norm_warned = False
         self._weights_loaded = False  # those of the checkpoint, since it was last asked for its optimizer state
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
-        given = dict(zip(("model", "args"), args, strict=False)) | kwargs
-        arguments = given.get("args")
+        # The arguments have no fixed place: TRL's trainers take a reference model or rewards before them.
+        model = args[0] if args else kwargs.get("model")
+        arguments = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         schedule_free = arguments is not None and registry.spec_for(arguments) is not None
-        with weights.optimizer_saves_allowed(given.get("model"), arguments if schedule_free else None):
+        with weights.optimizer_saves_allowed(model, arguments if schedule_free else None):
             super().__init__(*args, **kwargs)
         spec = registry.spec_for(self.args)
         if spec is not None:

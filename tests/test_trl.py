@@ -306,6 +306,22 @@ def test_an_evaluation_between_does_not_change_an_online_run(tmp_path):
     assert all(torch.equal(with_evaluation.y[4][name], y) for name, y in without.y[4].items())
 
 
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_positional_arguments(tmp_path, kind):
+    """Where the Trainer has the model and its arguments, TRL's have others in between."""
+    if kind == "dpo":
+        config, data = arguments(trl.DPOConfig, tmp_path), preferences()
+        given = (tiny_llama(), tiny_llama(), config, None, data, data.select(range(4)), tiny_tokenizer())
+    else:
+        options = {"num_generations": 2, "max_completion_length": 3, "per_device_train_batch_size": 4}
+        config = arguments(trl.GRPOConfig, tmp_path, per_device_eval_batch_size=4, **options)
+        given = (tiny_llama(), lambda completions, **kwargs: [0.0] * len(completions), config)
+        given += (prompts(), prompts(4), tiny_tokenizer())
+    trainer = {"dpo": DPO, "grpo": GRPO}[kind](*given)
+    trainer.train()
+    assert trainer.args is config and type(trainer.optimizer.optimizer).__name__ == "AdamWScheduleFree"
+
+
 class Engine:
     """Stands for vLLM: it samples from a copy of the weights that is made anew only when the trainer says so."""
 
