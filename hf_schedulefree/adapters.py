@@ -47,4 +47,5 @@ def active_adapters_kept(model: nn.Module) -> Iterator[None]:
     if list(model.active_adapters) != active:
         model.base_model.set_adapter(active)
     for name, p in model.named_parameters():
-        p.requires_grad_(trainable[name])
+        if name in trainable:  # not so those of an adapter that only the checkpoint had
+            p.requires_grad_(trainable[name])

@@ -169,6 +169,26 @@ def test_several_adapters_resume(active, tmp_path):
     assert all(torch.equal(second.y[6][name], y) for name, y in witness.y[6].items())
 
 
+def test_an_adapter_that_only_the_checkpoint_has(tmp_path):
+    """As where a callback adds one in mid-training (TRL's teacher): the resumed run starts without it."""
+
+    def fresh(*others):
+        model = peft.get_peft_model(tiny_llama(), ADAPTERS["lora"]())
+        for other in others:
+            model.add_adapter(other, ADAPTERS["lora"]())
+        return model
+
+    straight, witness = make_trainer(fresh("other"), tmp_path / "a", save_strategy="steps", save_steps=3)
+    straight.train()
+    resumed, second = make_trainer(fresh(), tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert all(torch.equal(second.y[6][name], y) for name, y in witness.y[6].items())
+    assert resumed.model.active_adapters == ["default"]
+    ours = dict(resumed.model.named_parameters())
+    assert {name for name, p in ours.items() if p.requires_grad} == set(witness.y[6])
+    assert all(torch.equal(ours[name], p) for name, p in straight.model.named_parameters() if ".other." in name)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base(bits, tmp_path):
     """QLoRA: the base stays quantised and untouched, the adapter is saved at x."""
