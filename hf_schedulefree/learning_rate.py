@@ -21,9 +21,10 @@ class LearningRateMixin:
         # Warm-up happens once, in the optimizer; the default (linear) decay would undo what schedule-free is for.
         if self._switch is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        given = (self.args.lr_scheduler_type, self.args.warmup_steps)
+        given = (self.args.lr_scheduler_type, self.args.warmup_steps, self.args.lr_scheduler_kwargs)
         scheduler_type = SchedulerType(self.args.lr_scheduler_type)
-        warmup_in_optimizer = self._warm_up_in_optimizer(self.args.get_warmup_steps(num_training_steps))
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        warmup_in_optimizer = self._warm_up_in_optimizer(warmup_steps)
         if scheduler_type == SchedulerType.LINEAR:
             logger.info("Schedule-free: the default lr_scheduler_type 'linear' is replaced by 'constant'.")
         if scheduler_type not in _CONSTANT_SCHEDULERS:
@@ -36,12 +37,14 @@ class LearningRateMixin:
             scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
         try:
             self.args.lr_scheduler_type = scheduler_type
-            self.args.warmup_steps = 0 if warmup_in_optimizer else self.args.warmup_steps
+            if warmup_in_optimizer:
+                self.args.warmup_steps = 0
+                self.args.lr_scheduler_kwargs = _without_warmup(scheduler_type, given[2], warmup_steps)
             if optimizer is None and not isinstance(self.optimizer, torch.optim.Optimizer):
                 optimizer = self._switch.schedulable
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
-            self.args.lr_scheduler_type, self.args.warmup_steps = given
+            self.args.lr_scheduler_type, self.args.warmup_steps, self.args.lr_scheduler_kwargs = given
 
     def _warm_up_in_optimizer(self, warmup_steps: int) -> bool:
         """Give the resolved number of warm-up steps to the optimizer; False if it knows no warm-up.
@@ -70,3 +73,16 @@ class LearningRateMixin:
         if group.get("k", 0) > 0 and "scheduled_lr" in group:
             return float(group["scheduled_lr"])
         return super()._get_learning_rate()
+
+
+def _without_warmup(
+    scheduler_type: SchedulerType, options: dict[str, Any] | str | None, warmup_steps: int
+) -> dict[str, Any] | str | None:
+    """A scheduler's options for when the optimizer does its warm-up: without one, two schedules would lie elsewhere."""
+    given = options if isinstance(options, dict) else {}
+    if warmup_steps and scheduler_type == SchedulerType.INVERSE_SQRT and given.get("timescale") is None:
+        return {**given, "timescale": warmup_steps}  # 10,000 without a warm-up: next to no decay in most runs
+    if warmup_steps and scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and given.get("num_stable_steps"):
+        # Or the decay would end that many steps too early, and the run would end at a rate of 0.
+        return {**given, "num_stable_steps": given["num_stable_steps"] + warmup_steps}
+    return options

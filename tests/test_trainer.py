@@ -154,6 +154,29 @@ def test_an_explicit_scheduler_is_honoured_with_a_warning(tmp_path, caplog):
     assert not any("honoured" in record.message for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "options", "factor"),
+    [
+        ("inverse_sqrt", {}, lambda t: (4 / (4 + t)) ** 0.5),
+        ("inverse_sqrt", {"timescale": 2}, lambda t: (2 / (2 + t)) ** 0.5),
+        (
+            "warmup_stable_decay",
+            {"num_stable_steps": 3, "num_decay_steps": 3, "decay_type": "linear"},
+            lambda t: min(1, (10 - t) / 3),
+        ),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "linear"}, lambda t: min(1, (10 - t) / 3)),
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [4, 0.4])
+def test_a_schedule_lies_where_it_would_with_its_own_warmup(scheduler, options, factor, warmup_steps, tmp_path):
+    trainer = train(
+        tmp_path, lr_scheduler_type=scheduler, lr_scheduler_kwargs=options, warmup_steps=warmup_steps, logging_steps=1
+    )
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged == pytest.approx([rate * factor(t) for t, rate in enumerate(ramp(1e-2, 4, 10))])
+    assert trainer.args.lr_scheduler_kwargs == options
+
+
 def test_a_scheduler_passed_in_is_honoured(tmp_path):
     model = tiny_llama()
     optimizer = AdamWScheduleFree(model.parameters(), lr=1e-2, warmup_steps=2)
