@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers.trainer_callback import TrainerControl
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -208,6 +209,11 @@ class CheckpointMixin:
                     logger.error(f"What callbacks wrote into {folder} could not be recorded: {error}")
         return control
 
+    def _save_on_sigterm_between_steps(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if type(callback) is JITCheckpointCallback:
+                callback.__class__ = _SavedBetweenSteps
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # With save_total_limit=1 and a best checkpoint, the Trainer would remove the newest one here.
         if self._switch is None or self.args.save_total_limit != 1:
@@ -346,6 +352,30 @@ class CheckpointMixin:
         if outcome[1] is not None:
             raise CheckpointError(outcome[1])
         return outcome[0]
+
+
+class _SavedBetweenSteps(JITCheckpointCallback):
+    """transformers' checkpoint on SIGTERM, written where a resumed run finds the generators as this one had them.
+
+    Before `optimizer.step()` the forward passes have moved them on: the step would be taken again with other dropout.
+    In the first step of an epoch, the DataLoader has drawn its seed. Both wait for the end of the step.
+    """
+
+    _epoch_begins = False
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_begins = True
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self._epoch_begins:
+            super().on_step_begin(*args, **kwargs)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_begins = False
+        super().on_step_end(*args, **kwargs)
 
 
 class CommitError(OSError):

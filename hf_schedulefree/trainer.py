@@ -176,6 +176,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
                     "The model has BatchNorm layers, whose running statistics are those of y. Give the Trainer a "
                     "hf_schedulefree.BatchNormRecalibrationCallback() to evaluate and save x with its own."
                 )
+            self._save_on_sigterm_between_steps()
             self._show_y()
             for callback in self._batch_norm_callbacks:
                 callback.start()

@@ -357,6 +357,32 @@ def test_a_sigterm_checkpoint_is_committed_as_any(tmp_path):
     assert not (tmp_path / name / "checkpoint-is-incomplete.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "event", ["epoch_begin", "step_begin", "substep_end", "pre_optimizer_step", "step_end", "epoch_end"]
+)
+def test_a_run_that_sigterm_ended_is_resumed_exactly(event, tmp_path):
+    def terminate(args, state, control, **kwargs):
+        jit.jit_manager.is_checkpoint_requested |= state.global_step == 4
+
+    def new(folder, **options):
+        model = tiny_model(attention_dropout=0.5)
+        sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}  # 4 steps in an epoch
+        return tiny_trainer(folder, model=model, **sizes, **options)
+
+    whole = new(tmp_path / "whole")
+    whole.train()
+    terminator = TrainerCallback()
+    setattr(terminator, f"on_{event}", terminate)
+    trainer = new(tmp_path, enable_jit_checkpoint=True, save_strategy="no")
+    (jit,) = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "jit_manager")]
+    trainer.callback_handler.callbacks.insert(0, terminator)
+    trainer.train()
+    assert trainer.state.global_step < 6
+    resumed = new(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights_of(resumed), weights_of(whole))
+
+
 def test_other_optimizers_are_saved_as_the_trainer_does(tmp_path):
     tiny_trainer(tmp_path, optim="adamw_torch").train()
     assert not list(tmp_path.rglob("schedule_free.json"))
