@@ -259,6 +259,7 @@ class CheckpointMixin:
             if found is None:
                 hint = " To go on from weights alone, call train(..., fresh_optimizer=True)." if skipped else ""
                 raise CheckpointError(f"No valid checkpoint found in output directory ({run_dir}) {skipped_text}{hint}")
+            self._refuse_of_another_engine(found)
             (logger.warning if skipped else logger.info)(f"Resuming from {found.folder}. {skipped_text}")
             return found
         folder = Path(resume_from_checkpoint)
@@ -272,7 +273,23 @@ class CheckpointMixin:
                 )
         except CheckpointError as error:
             raise CheckpointError(f"Cannot resume from {folder}: {error}. {_newest_beside(folder)}") from error
+        self._refuse_of_another_engine(found)
         return found
+
+    def _refuse_of_another_engine(self, found: verify.VerifiedCheckpoint) -> None:
+        """The Trainer would go on without the optimizer state that it does not find, or fail in one process only."""
+        model_file, optimizer_file = weights.files_to_resume_from(self.model, self.accelerator)
+        needed = [model_file] if model_file is not None else []
+        if found.has_optimizer_state and not self._fresh_optimizer:
+            needed.append(optimizer_file)
+        missing = [name for name in needed if not (found.folder / name).exists()]
+        if missing:
+            engine = found.record.engine if found.record is not None else None
+            raise CheckpointError(
+                f"Cannot resume from {found.folder}: there is no {missing[0]}, which this run would load. It was "
+                f"written by another engine ({engine or 'unknown'}) or with another state_dict_type: resume with "
+                "these, or train anew from its weights by loading them with from_pretrained."
+            )
 
     def _loads_optimizer(self, checkpoint: str) -> bool:
         """Whether the optimizer state in a checkpoint is to be loaded; False only for a fresh optimizer.
@@ -292,7 +309,9 @@ class CheckpointMixin:
                 f"{optimizer_class}. Use the same optimizer, or start a new one from the weights by "
                 "train(..., fresh_optimizer=True)."
             )
-        return fits and self._resumed.has_optimizer_state
+        _, optimizer_file = weights.files_to_resume_from(self.model, self.accelerator)
+        of_this_engine = (folder / optimizer_file).exists()  # a fresh optimizer can do without
+        return fits and self._resumed.has_optimizer_state and (of_this_engine or not self._fresh_optimizer)
 
     def _start_fresh_optimizer(self) -> None:
         self._switch.show_x()

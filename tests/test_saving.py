@@ -103,6 +103,20 @@ def test_resuming_a_finished_run_changes_nothing(run, finished):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.parametrize("written", ["latest", "optimizer.bin", "optimizer_0"])
+def test_a_checkpoint_of_another_engine_is_refused(run, written):
+    """DeepSpeed's and FSDP's: the Trainer would find no optimizer state of its kind, and go on without."""
+    (run / "checkpoint-6/optimizer.pt").rename(run / "checkpoint-6" / written)
+    commit.commit_checkpoint(run / "checkpoint-6")
+    for resume in (True, str(run / "checkpoint-6")):
+        trainer = tiny_trainer(run, max_steps=8)
+        with pytest.raises(ValueError, match=r"no optimizer\.pt.*another engine \(single\).*from_pretrained"):
+            trainer.train(resume_from_checkpoint=resume)
+    fresh = tiny_trainer(run, max_steps=8, save_strategy="no")
+    fresh.train(resume_from_checkpoint=str(run / "checkpoint-6"), fresh_optimizer=True)
+    assert fresh.optimizer.optimizer.param_groups[0]["k"] == 2
+
+
 @pytest.mark.parametrize("damage", ["removed", "emptied", "truncated", "flipped", "swapped"])
 def test_a_damaged_file_is_named_and_the_newest_whole_one_too(run, damage):
     for name in sorted(os.listdir(run / "checkpoint-6")):

@@ -21,7 +21,13 @@ from torch import nn
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 from hf_schedulefree.weights.casts import casts_undone
 from hf_schedulefree.weights.checks import refuse_unsupported
-from hf_schedulefree.weights.engines import Engine, engine_for, optimizer_saves_allowed, unwrap_optimizer
+from hf_schedulefree.weights.engines import (
+    Engine,
+    engine_for,
+    files_to_resume_from,
+    optimizer_saves_allowed,
+    unwrap_optimizer,
+)
 from hf_schedulefree.weights.foreign import foreign_switch
 from hf_schedulefree.weights.loading import numbered_cpu_known, only_data_loaded
 from hf_schedulefree.weights.switch import EngineSwitch, WeightSwitch
@@ -32,6 +38,7 @@ __all__ = [
     "averaged_weights",
     "casts_undone",
     "engine_for",
+    "files_to_resume_from",
     "numbered_cpu_known",
     "only_data_loaded",
     "optimizer_saves_allowed",

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.modeling import is_peft_model
 from torch import distributed, nn
@@ -337,6 +337,25 @@ def _gathering_of_shards(state: Any) -> Gathering:
 
 def _in_one_file(fsdp_plugin: Any) -> bool:
     return "FULL_STATE_DICT" in str(fsdp_plugin.state_dict_type)
+
+
+def files_to_resume_from(model: nn.Module | None, accelerator: Accelerator) -> tuple[str | None, str]:
+    """The model's file (or folder) and the optimizer's that this run loads; None: in any engine's checkpoint.
+
+    Args:
+        model: as given to the Trainer, or as wrapped.
+        accelerator: the Trainer's.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return files.DEEPSPEED_LATEST, files.DEEPSPEED_LATEST
+    if NativeFullyShardedEngine.runs(model, None):
+        return None, files.FSDP_OPTIMIZER_FOLDER
+    if accelerator.distributed_type != DistributedType.FSDP or plugin is None:
+        return None, files.OPTIMIZER_FILE
+    if _in_one_file(plugin):
+        return files.FSDP_MODEL_FILE, files.FSDP_OPTIMIZER_FILE
+    return files.FSDP_MODEL_FOLDER, files.FSDP_OPTIMIZER_FOLDER
 
 
 @contextlib.contextmanager
