@@ -354,14 +354,14 @@ def deepspeed_runs(tmp_path_factory):
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": root}
     launched = subprocess.run(
-        [*launcher, str(script), str(folder), "1", "2", "3"],
+        [*launcher, str(script), str(folder), "1", "2", "3", "1-lora", "3-lora", "3-frozen"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     # It may abort at its exit, after everything was written.
-    assert (folder / "zero3/x.pt").exists(), launched.stderr[-2000:]
+    assert (folder / "zero3-frozen/x.pt").exists(), launched.stderr[-2000:]
     return folder
 
 
@@ -383,3 +383,29 @@ def test_deepspeed(deepspeed_runs, tmp_path, stage):
     apart = sum((x[name].double() - y[name].double()).square().sum() for name in y) ** 0.5
     size = sum(tensor.double().square().sum() for tensor in y.values()) ** 0.5
     assert contents.distance > 1e-4 and float(apart / size) == pytest.approx(contents.distance, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_deepspeed_with_frozen_parameters(deepspeed_runs, tmp_path):
+    run = deepspeed_runs / "zero3-frozen"
+    export_averaged(run / "checkpoint-2", tmp_path / "out")
+    x, engine_x = load_file(tmp_path / "out/model.safetensors"), torch.load(run / "x.pt", weights_only=True)
+    assert x.keys() == engine_x.keys()
+    for name, expected in engine_x.items():
+        assert (x[name] - expected).abs().max() < 1e-7, name
+        assert ".layers.0." not in name or torch.equal(x[name], expected), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_with_adapters(deepspeed_runs, tmp_path, stage):
+    run = deepspeed_runs / f"zero{stage}-lora"
+    export_averaged(run / "checkpoint-2", tmp_path / "out")
+    engine_x, y = torch.load(run / "x.pt", weights_only=True), load_file(run / "checkpoint-2/adapter_model.safetensors")
+    assert not list((tmp_path / "out").glob("model*"))
+    x = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert x.keys() == y.keys() and len(x) == 4
+    for name, tensor in x.items():
+        expected = engine_x[name.replace(".weight", ".default.weight")]
+        assert (tensor - expected).abs().max() < 1e-7 < (y[name] - expected).abs().max() / 100, name
+    PeftModel.from_pretrained(tiny_model(), tmp_path / "out")

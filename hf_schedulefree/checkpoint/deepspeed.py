@@ -87,6 +87,7 @@ class DeepSpeedCheckpoint(Weights):
         if self._stage == 3:
             buffers = self._model.get("buffer_names") or []
             self._others = {name: module[name] for name in buffers if name in module}
+        self._frozen = _frozen(model_files) if self._stage == 3 else {}
         self._shared = {
             alias: name for alias, name in dict(self._model.get("shared_params") or {}).items() if name in self._places
         }
@@ -177,6 +178,7 @@ class DeepSpeedCheckpoint(Weights):
         return {
             **{name: place[2] for name, place in self._places.items()},
             **{name: tuple(tensor.shape) for name, tensor in self._others.items()},
+            **{name: shape for name, (shape, _) in self._frozen.items()},
         }
 
     @cached_property
@@ -184,9 +186,13 @@ class DeepSpeedCheckpoint(Weights):
         return {
             **dict.fromkeys(self._places, self._dtype),
             **{name: tensor.dtype for name, tensor in self._others.items()},
+            **{name: parts[0].dtype for name, (_, parts) in self._frozen.items()},
         }
 
     def read(self, name: str) -> Tensor:
+        if name in self._frozen:
+            shape, parts = self._frozen[name]
+            return torch.cat(parts)[: math.prod(shape)].view(shape)
         return self.gather(name, _SHOWN) if name in self._places else self._others[name]
 
     @property
@@ -204,6 +210,48 @@ class DeepSpeedCheckpoint(Weights):
     def _groups_of_vectors(self) -> list[int]:
         """The parameter group of each flat vector."""
         return [group for group, content in enumerate(self.groups) for _ in content["params"]]
+
+
+def _frozen(model_files: list[Path]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+    """Shape and parts of each parameter that ZeRO-3 does not train; each rank's file holds a part."""
+    models = [_load(path) for path in model_files]
+    shapes: Mapping[str, Any] = models[0].get("frozen_param_shapes") or {}
+    return {
+        name: (tuple(shape), [model["frozen_param_fragments"][name] for model in models])
+        for name, shape in shapes.items()
+    }
+
+
+class AsWritten(Weights):
+    """DeepSpeed's tensors by the names that the weight files beside them give them: an adapter has others there.
+
+    Args:
+        checkpoint: DeepSpeed's own files.
+        written: the weight files.
+        names: for each tensor in them that was trained, its name in DeepSpeed's.
+    """
+
+    def __init__(self, checkpoint: DeepSpeedCheckpoint, written: Weights, names: Mapping[str, str]):
+        self._checkpoint, self._written, self._names = checkpoint, written, names
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._written.shapes
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return self._written.dtypes
+
+    def read(self, name: str) -> Tensor:
+        return self._checkpoint.read(self._names[name]) if name in self._names else self._written.read(name)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._written.metadata
+
+    @property
+    def layout(self) -> Mapping[str, list[str]]:
+        return self._written.layout
 
 
 class _State(Mapping[str, Tensor]):

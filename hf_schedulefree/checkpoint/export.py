@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_schedulefree.checkpoint import files as names
 from hf_schedulefree.checkpoint.contents import Stored, Weights, open_optimizer, open_weights
-from hf_schedulefree.checkpoint.deepspeed import DeepSpeedCheckpoint, is_deepspeed_checkpoint
-from hf_schedulefree.checkpoint.matching import match_states
+from hf_schedulefree.checkpoint.deepspeed import AsWritten, DeepSpeedCheckpoint, is_deepspeed_checkpoint
+from hf_schedulefree.checkpoint.matching import match_states, tensors_of
 from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, Record, read_record
 from hf_schedulefree.checkpoint.verify import optimizer_of_state, schedule_free_class, verify_checkpoint
 from hf_schedulefree.checkpoint.writing import write_safetensors
@@ -34,7 +34,7 @@ _NOT_COPIED = (
     names.TRAINER_STATE,
     names.SENTINEL,
     names.DEEPSPEED_LATEST,
-    "zero_to_fp32.py",
+    "zero_to_*.py",
 )
 
 # Folders of a model are known by one of these files, or by their name: a processor with several tokenizers has a folder
@@ -85,6 +85,8 @@ class _Source:
             self.stored = self.weights.stored
             self._groups = self.weights.groups
             self.has_optimizer = self.weights.is_schedule_free
+            if (path / names.ADAPTER_FILE).is_file() or list(path.glob(f"*/{names.ADAPTER_FILE}")):
+                self._name_as_adapters(self.weights)
             return
         self.weights = open_weights(path)
         optimizer = open_optimizer(path) if path.is_dir() else None
@@ -96,6 +98,14 @@ class _Source:
             self.stored = match_states(self.folder, self.weights, optimizer, self.record)
         except CheckpointError as error:
             self.problem = str(error)
+
+    def _name_as_adapters(self, checkpoint: DeepSpeedCheckpoint) -> None:
+        """Adapters beside DeepSpeed's files: only these, by their own names, are what can be loaded."""
+        written = open_weights(self.path)
+        trained = {tensor: name for name in self.stored for tensor in tensors_of(written, name)}
+        if len(trained) == len(self.stored):
+            self.weights = AsWritten(checkpoint, written, trained)
+            self.stored = {tensor: self.stored[name] for tensor, name in trained.items()}
 
     def shown(self) -> tuple[Literal["x", "y"] | None, str]:
         """Which weights are stored, and how that is known."""

@@ -74,7 +74,7 @@ def _by_name(weights: Weights, optimizer: OptimizerState, names: list[list[list[
     matched = {}
     for aliases_of_group, (states, group) in zip(names, entries, strict=True):
         for aliases, state in zip(aliases_of_group, states, strict=True):
-            tensors = [tensor for alias in aliases for tensor in _tensors_of(weights, alias)]
+            tensors = [tensor for alias in aliases for tensor in tensors_of(weights, alias)]
             for tensor in tensors:
                 if "z" in state and tuple(state["z"].shape) != weights.shapes[tensor]:
                     return None
@@ -82,7 +82,7 @@ def _by_name(weights: Weights, optimizer: OptimizerState, names: list[list[list[
     return matched if matched else None
 
 
-def _tensors_of(weights: Weights, parameter: str) -> list[str]:
+def tensors_of(weights: Weights, parameter: str) -> list[str]:
     """The tensors that hold a parameter. PEFT leaves the adapter's name out of its files."""
     if parameter in weights.shapes:
         return [parameter]
