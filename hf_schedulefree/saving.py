@@ -99,9 +99,10 @@ class CheckpointMixin:
         facts = self._checkpoint_facts()
         self._all_learn_of("; ".join(errors) or None)
         self._on_writers(lambda: commit.commit_checkpoint(staged, facts, destination=destination))
-        if self.args.local_process_index == 0 and not self.args.should_save:
-            commit.discard_staging(destination.parent)  # a node whose disk is not the main one's
+        if self.args.local_process_index == 0 and not self.args.should_save and staged.exists():
+            commit.discard_staged(staged)  # a node whose disk is not the main one's
         self._committed = (destination, _stamps(destination)) if self.args.should_save else None
+        self._to_record = True
 
     @contextlib.contextmanager
     def _write_errors_kept(self, folder: Path, errors: list[str]) -> Iterator[None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoint_runs import same, tiny_model, tiny_trainer, weights_of
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from hf_schedulefree import saving
@@ -101,6 +101,15 @@ def test_resuming_a_finished_run_changes_nothing(run, finished):
     assert same(weights_of(trainer), finished[1])
     assert trainer.state.global_step == 6
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_node_that_writes_no_checkpoint_leaves_alone_what_the_main_one_removes(tmp_path, monkeypatch):
+    removed = tmp_path / "_saving/removed-checkpoint-1/model.safetensors"
+    removed.parent.mkdir(parents=True)
+    removed.touch()
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    tiny_trainer(tmp_path).train()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [removed]
 
 
 @pytest.mark.parametrize("written", ["latest", "optimizer.bin", "optimizer_0"])
