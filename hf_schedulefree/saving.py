@@ -39,6 +39,8 @@ class CheckpointMixin:
     _resumed: verify.VerifiedCheckpoint | None = None
     # The last commit: the folder, and each file's size and time of modification.
     _committed: tuple[Path, dict[str, tuple[int, int]]] | None = None
+    # In every process: whether what `on_save` callbacks write belongs to a commit that they have not seen yet.
+    _to_record = False
 
     # Saving
 
@@ -61,7 +63,7 @@ class CheckpointMixin:
         run_dir = Path(self._get_output_dir(trial))
         destination = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best_before = self.state.best_model_checkpoint
-        self._save_failed = False
+        self._save_failed = self._to_record = False
         self._push_after_commit = False
         try:
             self._write_and_commit(destination, model, trial, *args, **kwargs)
@@ -201,6 +203,9 @@ class CheckpointMixin:
         if self._save_failed:
             return self.control
         control = call()
+        if self._to_record:
+            self._all_learn_of(None)  # callbacks of other processes may still be writing
+        self._to_record = False
         if self._committed is not None and self._committed[0].is_dir():
             folder, stamps = self._committed
             if _stamps(folder) != stamps:
@@ -379,6 +384,9 @@ class _SavedBetweenSteps(JITCheckpointCallback):
 
     Before `optimizer.step()` the forward passes have moved them on: the step would be taken again with other dropout.
     In the first step of an epoch, the DataLoader has drawn its seed. Both wait for the end of the step.
+
+    Of several processes each has its own signal at a moment of its own, or one has it alone. One that saved at once
+    would wait for others that are elsewhere: all save when the same step has ended.
     """
 
     _epoch_begins = False
@@ -386,16 +394,24 @@ class _SavedBetweenSteps(JITCheckpointCallback):
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._epoch_begins = True
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if not self._epoch_begins:
-            super().on_step_begin(*args, **kwargs)
+    def on_step_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        if not self._epoch_begins and args.world_size == 1:
+            super().on_step_begin(args, *others, **kwargs)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
         self._epoch_begins = False
-        super().on_step_end(*args, **kwargs)
+        if args.world_size > 1 and self.jit_manager is not None:
+            requested = torch.tensor(float(self.jit_manager.is_checkpoint_requested), device=args.device)
+            torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
+            self.jit_manager.is_checkpoint_requested = bool(requested)
+        super().on_step_end(args, *others, **kwargs)
+
+    def on_epoch_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            super().on_epoch_end(args, *others, **kwargs)
 
 
 class CommitError(OSError):

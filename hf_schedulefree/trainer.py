@@ -127,10 +127,17 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         def call_event_at_its_weights(event: str, *args: Any, **kwargs: Any) -> Any:
             kwargs["averaged_weights"] = self.averaged_weights
             reads = listens(self.callback_handler, event)  # if not, the model can stay as it is
-            if not self._training or not (reads or event == "on_save") or self._switch is None:
+            concerned = reads or event in ("on_save", "on_train_end")
+            if not self._training or not concerned or self._switch is None:
                 return call_event(event, *args, **kwargs)
+            # Where processes switch together, they do so whoever reads: the callback may be the main process's alone.
+            joint = not self._switch.shows_y_alone
+            reads = reads or joint
             if event in EVENTS_AT_X:
                 shown = self.averaged_weights()
+            elif joint:
+                # Only `on_log` may come at x, from within an evaluation; the call, too, may be one process's alone.
+                shown = contextlib.nullcontext()
             elif self._switch.weights_replaced():
                 # Somebody evaluates others for a while (on_log): to switch now would be to take them for loaded ones.
                 shown = contextlib.nullcontext()

@@ -133,6 +133,8 @@ class FullyShardedEngine(Engine):
         yield _gathering_of_shards(_sharded_state().get_model_state_dict(self.model))
 
     def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+        # torch would not load a checkpoint without the state of what has had no gradient yet (an expert, a head).
+        self.optimizer.init_state()
         # accelerate's files, written tensor by tensor: it would gather model and optimizer first, in the main process.
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is None or not _in_one_file(plugin):
@@ -195,6 +197,7 @@ class NativeFullyShardedEngine(FullyShardedEngine):
             config.distributed_config = spread
 
     def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+        self.optimizer.init_state()  # as above
         state = _sharded_state().get_optimizer_state_dict(self.model, self.optimizer)
         distributed.checkpoint.save({"optimizer": state}, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)
         return True

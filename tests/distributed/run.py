@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from engines import ENGINES, EngineRow
 from memory import memory
 from torch import distributed
 from transformers import LlamaConfig, TrainerCallback, set_seed
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_schedulefree import ScheduleFreeTrainer, saving
 from hf_schedulefree.optim import ScheduleFreeOptimizer
@@ -73,7 +75,7 @@ class Lab:
         self.folder = folder
         self.results = {}
 
-    def trainer(self, name, *, dropout=False, callbacks=(), model_sizes=None, **options):
+    def trainer(self, name, *, dropout=False, callbacks=(), model_sizes=None, idle=False, **options):
         set_seed(0)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         accumulation = options.pop("gradient_accumulation_steps", 2)
@@ -105,6 +107,8 @@ class Lab:
             for module in model.modules():
                 if hasattr(module, "attention_dropout"):
                     module.attention_dropout = 0.0
+        if idle:
+            model.idle = torch.nn.Linear(8, 8, bias=False)  # no forward pass uses it: it never has a gradient
         return ScheduleFreeTrainer(
             model=model,
             args=args,
@@ -144,7 +148,8 @@ def fingerprint(trainer):
         for p in trainer.model.parameters():
             tensor = p.ds_tensor if hasattr(p, "ds_tensor") else p
             digest.update(bits(tensor))
-        for state in optimizer.state.values():
+        in_order = [optimizer.state[p] for p in trainer.model.parameters() if p in optimizer.state]
+        for state in in_order or optimizer.state.values():  # DeepSpeed's parameters are none of the model's
             for name in sorted(state):
                 if torch.is_tensor(state[name]):
                     digest.update(name.encode() + bits(state[name]))
@@ -287,6 +292,88 @@ def overflow(lab):
     lab.keep_weights("overflow_x", trainer)
 
 
+class OnlyInMain(TrainerCallback):
+    """What a user adds in the main process only: the others do not know of it."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_log(self, *args, **kwargs):
+        self.seen.add("log")
+
+    def on_evaluate(self, *args, **kwargs):
+        self.seen.add("evaluate")
+
+    def on_save(self, *args, **kwargs):
+        self.seen.add("save")
+
+    def on_train_end(self, *args, **kwargs):
+        self.seen.add("end")
+
+
+class WritesItsOwn(TrainerCallback):
+    """Each process writes a file into the checkpoint, the last one slowly."""
+
+    def on_save(self, args, state, control, **kwargs):
+        with open(Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"own_{args.process_index}", "w") as file:
+            file.write("the first half, ")
+            file.flush()
+            time.sleep(args.process_index)
+            file.write("and the second")
+
+
+def callbacks(lab):
+    """Callbacks that not all processes have, or that not all have done with at the same time."""
+    only = OnlyInMain()
+    trainer = lab.trainer(
+        "callbacks",
+        dropout=True,
+        callbacks=[only, WritesItsOwn()] if lab.is_main else [WritesItsOwn()],
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    lab.keep("callbacks", fingerprint(trainer))
+    lab.keep("callbacks_seen", sorted(only.seen))
+
+
+class Sigterm(TrainerCallback):
+    """In the last process, a SIGTERM's time has come in the third step."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == args.world_size - 1:
+            for callback in self.trainer.callback_handler.callbacks:
+                if isinstance(callback, JITCheckpointCallback):
+                    callback.jit_manager.is_checkpoint_requested = True
+
+
+def sigterm(lab):
+    """With a checkpoint on SIGTERM, which one process notices alone and in the middle of a step."""
+    stops = Sigterm()
+    trainer = lab.trainer("sigterm", dropout=True, callbacks=[stops], enable_jit_checkpoint=True)
+    stops.trainer = trainer
+    trainer.train()
+    lab.keep("sigterm_step", trainer.state.global_step)
+    resumed = lab.trainer("sigterm", dropout=True)
+    resumed.train(resume_from_checkpoint=True)
+    lab.keep("sigterm_resumed", fingerprint(resumed))
+
+
+def idle(lab):
+    """A parameter without a gradient, and hence without optimizer state, is in the checkpoint as the others are."""
+    trainer = lab.trainer("idle", dropout=True, idle=True, save_strategy="steps", save_steps=4)
+    trainer.train()
+    lab.keep("idle", fingerprint(trainer))
+    resumed = lab.trainer("idle", dropout=True, idle=True)
+    resumed.train(resume_from_checkpoint=str(lab.folder / "idle/checkpoint-4"))
+    lab.keep("idle_resumed", fingerprint(resumed))
+
+
 class FailsToWrite(TrainerCallback):
     """At each step, a file that one process (or each) cannot write: the disk is full."""
 
@@ -379,7 +466,20 @@ def refusals(lab):
 
 PARTS = {
     part.__name__: part
-    for part in (trajectory, readers, resume, best, elsewhere, refusals, write_errors, memory, overflow)
+    for part in (
+        trajectory,
+        readers,
+        resume,
+        best,
+        elsewhere,
+        refusals,
+        callbacks,
+        sigterm,
+        idle,
+        write_errors,
+        memory,
+        overflow,
+    )
 }
 
 

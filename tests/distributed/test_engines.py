@@ -43,7 +43,7 @@ class Run:
         self.folder = folder / engine
         parts = list(PARTS if engine in MATRIX else ("trajectory",))
         parts += ["overflow"] * (engine in ("single", "ddp"))
-        parts += ["memory"] * (engine in MEASURED) + ["write_errors"] * (engine in FAILING)
+        parts += ["memory"] * (engine in MEASURED) + ["callbacks", "sigterm", "write_errors"] * (engine in FAILING)
         self.ranks = launch(engine, self.folder, parts, self.row.processes)
 
     def with_part(self, name, key):
@@ -242,6 +242,33 @@ def test_a_process_that_cannot_write_ends_no_run(engine, runs):
     assert [path.name for path in checkpoints] == ["checkpoint-1", f"checkpoint-{STEPS}"]
     for path in checkpoints:
         verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if "bf16" not in name], FAILING))
+def test_a_sigterm_that_one_process_notices_first(engine, runs):
+    run = runs(engine)
+    for result in run.with_part("sigterm", "sigterm_step"):
+        assert result["sigterm_step"] == 3
+        assert result["sigterm_resumed"] == result["quiet"]
+    assert verify_checkpoint(run.folder / "sigterm/checkpoint-3").step == 3
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "fsdp2-sharded"])
+def test_resume_with_a_parameter_that_had_no_gradient(engine, runs):
+    for result in runs(engine).with_part("idle", "idle"):
+        assert result["idle"] == result["idle_resumed"]
+
+
+@pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if "bf16" not in name], FAILING))
+def test_callbacks_of_one_process_or_late_in_one(engine, runs):
+    run = runs(engine)
+    for result in run.with_part("callbacks", "callbacks"):
+        assert result["callbacks"] == result["quiet"]
+    assert run.ranks[0]["callbacks_seen"] == ["end", "evaluate", "log", "save"]
+    for step in (STEPS // 2, STEPS):
+        checkpoint = run.folder / f"callbacks/checkpoint-{step}"
+        verify_checkpoint(checkpoint)
+        assert {"own_0", "own_1"} < read_record(checkpoint).files.keys()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
