@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cases import CASES
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer, conversion, pages
 from hf_schedulefree.optim.modes import Modes
-from tests.cases import CASES
 
 
 def _optimizer(dtype=torch.float32, kind="adamw", **options):

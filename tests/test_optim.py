@@ -6,6 +6,7 @@ import io
 import pickle
 
 import pytest
+import pytorch_optimizer
 import torch
 from cases import ALL_SETTINGS, CASES
 from reference import reference_for
@@ -188,6 +189,22 @@ def test_states_interchange_with_schedulefree(kind, setting, mode):
     expected = continued([theirs, theirs, theirs], case, setting, "train")
     for path in ([ours, theirs, ours], [theirs, ours, theirs], [ours, ours, theirs]):
         assert_close(continued(path, case, setting, mode), expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RAdam"])
+def test_states_without_the_counter_are_refused(name):
+    other, own = Net(), Net()
+    theirs = getattr(pytorch_optimizer, f"ScheduleFree{name}")(other.parameters())
+    optimizer = CASES[name.lower()].ours(own.parameters())
+    run(other, theirs, range(2))
+    run(own, optimizer, range(3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="no counter k"):
+        optimizer.load_state_dict(theirs.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"] and after["param_groups"][0]["k"] == 3
+    for i, state in before["state"].items():
+        assert all(torch.equal(tensor, after["state"][i][key]) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -198,6 +198,9 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
         Precision and `capturable` are this object's choice, as the dtype of the parameters is; the rounding seed is
         that of the run. If it cannot be loaded, or is interrupted, the optimizer is as it was.
+
+        Raises:
+            ValueError: groups or sizes do not fit, or the state is that of a package that counts its steps otherwise.
         """
         loaded: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
@@ -207,6 +210,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         to_show: list[tuple[dict[str, Any], Any, list[tuple[Tensor, dict[str, Tensor]]]]] = []
         try:
             super().load_state_dict(state_dict)
+            conversion.refuse_uncounted(loaded[0])
             for group, choices in zip(self.param_groups, own, strict=True):
                 group.update(choices)
             conversion.undo_casts(self, loaded[0])

@@ -74,6 +74,16 @@ def _is_of_other_half(state: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
     return "z" in state and state["z"].dtype in precision.HALF_DTYPES and state["z"].dtype != dtype
 
 
+def refuse_uncounted(state_dict: Mapping[str, Any]) -> None:
+    """Raise for a schedule-free state without the counter k (`pytorch_optimizer`): it would begin at 0 again."""
+    for group in state_dict["param_groups"]:
+        if "k" not in group and any("z" in state_dict["state"].get(i, ()) for i in group["params"]):
+            raise ValueError(
+                "The optimizer state has z, but no counter k in its groups: it was written by another package than "
+                "schedulefree or hf_schedulefree, whose averaging cannot be continued. Load its weights without it."
+            )
+
+
 def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None, beta: float) -> tuple[list[str], bool]:
     """As `convert`, for a state that may hold a parked y: the parameter has to show the x of the converted state then.
 
