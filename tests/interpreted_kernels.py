@@ -138,6 +138,9 @@ def half_rows(dtype, state_precision, sizes=SIZES, seed=-3):
         if size > 100:
             y[:7] = torch.tensor([float("nan"), float("inf"), 3.4028235e38, -0.0, 1e-40, -6e-6, 65519.0])
         p, low = precision.split(y, dtype)
+        if size > 100:  # somebody has written these, and the low bits are those of other values
+            p[7:12] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1.0])
+            low[7:12] = -9
         state = {"z": z.to(storage.z), "exp_avg_sq": torch.rand(size, generator=generator).to(storage.moments)}
         if storage.low_bits:
             state["y_low"] = low

@@ -81,6 +81,36 @@ def test_bfloat16_and_its_low_bits_are_the_float32():
     assert torch.equal(finite, nearest.isfinite())
 
 
+def test_the_low_bits_of_another_value_make_no_nan_of_a_bfloat16():
+    edges = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40, 3.3895e38, 1.0]).bfloat16()
+    low = torch.arange(-(2**15), 2**15).to(torch.int16)[:, None].expand(-1, len(edges))
+    joined = precision.join(edges.expand(len(low), -1), low)
+    assert not joined.isnan().any()
+    assert averaging.same_bits(joined[: 2**15, :2], edges[:2].float().expand(2**15, -1))
+    assert (joined[:, 6] - 1).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize("mode", ["a step", "x"])
+@pytest.mark.parametrize("implementation", ["for-loop", "fused"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_masked_weights_stay_finite(dtype, implementation, mode):
+    """Zeros written into parameters in train mode, whose low bits are those of other values."""
+    params, optimizer = make(dtype, implementation=implementation)
+    generator = torch.Generator().manual_seed(5)
+    masks = [(torch.rand(p.shape, generator=generator) < 0.5) for p in params]
+    for step in range(4):
+        take_steps(params, optimizer, [step])
+        with torch.no_grad():
+            for p, mask in zip(params, masks, strict=True):
+                p.mul_(mask)
+        if mode == "x":
+            optimizer.eval()
+            assert all(p.isfinite().all() for p in params)
+            optimizer.train()
+        assert all((p[~mask] == 0).all() for p, mask in zip(params, masks, strict=True))
+    assert all(precision.wide(p, optimizer.state[p]).isfinite().all() for p in params)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_nan_is_shown_as_nan(dtype):
     nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
@@ -411,7 +441,9 @@ def test_the_compiled_step_is_that_of_torchs_operations(direction, state_precisi
                 low = torch.randint(-(2**15), 2**15, (size,), generator=generator)
                 state["y_low"] = low.to(torch.int16)
             if size > 5:
-                y[:3] = torch.tensor([float("nan"), 3.4028235e38, -0.0])
+                infinity = float("inf")
+                y[:7] = torch.tensor([float("nan"), 3.4028235e38, -0.0, 0.0, infinity, -infinity, 1.0])
+                state.get("y_low", torch.zeros(7))[:7] = -7
             key = precision.RandomKey(7, seed)
             yield precision_step.HalfRow(y.bfloat16(), g.bfloat16(), state, storage, key)
 

@@ -96,9 +96,16 @@ def split(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(parameter: Tensor, low: Tensor) -> Tensor:
-    """The float32 that `split` took apart, as a new tensor."""
+    """The float32 that `split` took apart, as a new tensor.
+
+    Somebody may have written to the parameter since (a mask, a clamp). The bits are then still added: less than a unit
+    in its last place. But a bfloat16 zero has nothing below it in its sign, so that half of them would make a NaN of
+    it: it stays a zero, as an infinity stays one.
+    """
     if parameter.dtype == torch.bfloat16:
-        return parameter.float().view(torch.int32).add_(low).view(torch.float32)
+        high = parameter.float()
+        joined = high.view(torch.int32).add(low).view(torch.float32)
+        return torch.where(joined.isnan(), high, joined)
     return low.float().mul_(_half_low_unit(parameter)).add_(parameter)
 
 

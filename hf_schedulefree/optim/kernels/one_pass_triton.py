@@ -64,7 +64,8 @@ def _join(high, low, kind: tl.constexpr):
     """As `precision.join`: `high` as it is kept, `low` int16."""
     if kind == tl.bfloat16:
         bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return (bits + low.to(tl.int32)).to(tl.float32, bitcast=True)
+        value = (bits + low.to(tl.int32)).to(tl.float32, bitcast=True)
+        return tl.where(value == value, value, bits.to(tl.float32, bitcast=True))
     else:
         value = high.to(tl.float32)
         unit = ((_half_unit_exponent(value) - 25) << 23).to(tl.float32, bitcast=True)

@@ -128,7 +128,8 @@ def float32_to_bfloat16(value):
 @njit(inline="always")
 def joined(high, low):
     """As `precision.join`: a bfloat16 and the 16 bits that are missing in it, both as they are stored."""
-    return np.uint32(add(shift_left(high, 16), subtract(either(low, 0x8000), 0x8000))).view(np.float32)
+    value = np.uint32(add(shift_left(high, 16), subtract(either(low, 0x8000), 0x8000))).view(np.float32)
+    return value if value == value else bfloat16_to_float32(high)
 
 
 @njit(inline="always")

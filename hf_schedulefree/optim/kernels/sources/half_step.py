@@ -109,6 +109,13 @@ def _usual(value):
     return value if value == value else _NAN
 
 
+@njit(inline="always")
+def _joined(high, low):
+    """As `precision.join`; a NaN has a lower half that is 0."""
+    value = _value(add(_bits(high), low))
+    return value if value == value else high
+
+
 # Rounded values, in the upper half of what is returned. A NaN stays one without being asked for, as it comes from an
 # operand whose lower half is 0: nothing is carried beyond the upper half.
 
@@ -135,8 +142,8 @@ def _step_pairs(places, pairs, h, key, plain, kind, low_bits, kept, wide, is_ran
     for i in range(pairs):
         y_a, y_b = _value(_first(y[i])), _value(_second(y[i]))
         if low_bits:
-            y_a = _usual(_value(add(_bits(y_a), shift_right_signed(shift_left(y_low[i], 16), 16))))
-            y_b = _usual(_value(add(_bits(y_b), shift_right_signed(y_low[i], 16))))
+            y_a = _joined(y_a, shift_right_signed(shift_left(y_low[i], 16), 16))
+            y_b = _joined(y_b, shift_right_signed(y_low[i], 16))
         z_a = np.float32(z[2 * i]) if wide else _value(_first(z[i]))
         z_b = np.float32(z[2 * i + 1]) if wide else _value(_second(z[i]))
         v_a = v_b = np.float32(0)
