@@ -35,6 +35,13 @@ def _adapter_folders(model: nn.Module, checkpoint: str) -> list[Path]:
     return [folder for folder in folders if any((folder / name).is_file() for name in names)]
 
 
+def load_default(model: nn.Module, checkpoint: str) -> None:
+    """Load the adapter that lies beside the folders of others: transformers 5.17 leaves it as it is."""
+    if has_adapter_folders(model, checkpoint) and "default" in model.peft_config:
+        if any((Path(checkpoint) / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)):
+            model.load_adapter(checkpoint, "default", is_trainable="default" in model.active_adapters)
+
+
 @contextlib.contextmanager
 def active_adapters_kept(model: nn.Module) -> Iterator[None]:
     """After the `with` block the same adapters are active, and the same parameters trainable, as before it."""

@@ -233,6 +233,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
         with adapters.active_adapters_kept(self.model), self._engine.loading_model():
             super()._load_from_checkpoint(checkpoint, model)
+            adapters.load_default(self.model, checkpoint)
         self._weights_loaded = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -169,8 +169,9 @@ def test_several_adapters_resume(active, tmp_path):
     assert all(torch.equal(second.y[6][name], y) for name, y in witness.y[6].items())
 
 
-def test_an_adapter_that_only_the_checkpoint_has(tmp_path):
-    """As where a callback adds one in mid-training (TRL's teacher): the resumed run starts without it."""
+@pytest.mark.parametrize("known", [(), ("other",)], ids=["only in the checkpoint", "known"])
+def test_an_adapter_beside_the_one_that_is_trained(known, tmp_path):
+    """Where a callback adds one in mid-training (TRL's teacher), the resumed run starts without it."""
 
     def fresh(*others):
         model = peft.get_peft_model(tiny_llama(), ADAPTERS["lora"]())
@@ -180,7 +181,7 @@ def test_an_adapter_that_only_the_checkpoint_has(tmp_path):
 
     straight, witness = make_trainer(fresh("other"), tmp_path / "a", save_strategy="steps", save_steps=3)
     straight.train()
-    resumed, second = make_trainer(fresh(), tmp_path / "b")
+    resumed, second = make_trainer(fresh(*known), tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert all(torch.equal(second.y[6][name], y) for name, y in witness.y[6].items())
     assert resumed.model.active_adapters == ["default"]
