@@ -16,6 +16,7 @@ from hf_schedulefree import adapters, hub, registry, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.checkpoint import describe_weight_files
 from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE, sharded_write_errors
+from hf_schedulefree.conversions import converted_weights_loaded
 from hf_schedulefree.learning_rate import LearningRateMixin
 from hf_schedulefree.progress import progress
 from hf_schedulefree.rng import generators_restored
@@ -209,7 +210,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         if adapters.has_adapter_folders(self.model, checkpoint):
             self._load_from_checkpoint(checkpoint)  # the Trainer would not find them and go on with other weights
         else:
-            with self._engine.loading_model():
+            with self._loading_model(checkpoint):
                 super()._load_best_model()
         self._restart()
         logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
@@ -231,10 +232,19 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # Of several adapters the Trainer leaves only the first active, and the optimizer's state would not fit.
-        with adapters.active_adapters_kept(self.model), self._engine.loading_model():
+        with adapters.active_adapters_kept(self.model), self._loading_model(checkpoint):
             super()._load_from_checkpoint(checkpoint, model)
             adapters.load_default(self.model, checkpoint)
         self._weights_loaded = True
+
+    @contextlib.contextmanager
+    def _loading_model(self, checkpoint: str) -> Iterator[None]:
+        """Within: the Trainer finds all weights in a checkpoint, by whatever names transformers has saved them."""
+        # FSDP and DeepSpeed have files of their own.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or not self._is_schedule_free_run()
+        with self._engine.loading_model():
+            with contextlib.nullcontext() if sharded else converted_weights_loaded(self.model, checkpoint):
+                yield
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # x, y and z must belong together: an optimizer of another step would move the model away.

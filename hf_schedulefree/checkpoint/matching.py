@@ -32,7 +32,20 @@ def match_states(folder: Path, weights: Weights, optimizer: OptimizerState, reco
     """
     matched = _match_parameters(folder, weights, optimizer, record)
     _add_tied(weights, matched)
+    _refuse_lost(weights, optimizer, matched)
     return matched
+
+
+def _refuse_lost(weights: Weights, optimizer: OptimizerState, matched: dict[str, Stored]) -> None:
+    """Experts, for one: trained as one tensor and saved as many. Part of x must not pass for x."""
+    known = {id(stored.state) for stored in matched.values()}
+    lost = sum("z" in state and id(state) not in known for entries in optimizer.entries for state in entries)
+    if lost and weights.shapes.keys() - matched.keys():
+        raise CheckpointError(
+            f"{lost} trained parameters have other names or shapes in the weight file than in the model, and cannot be "
+            "matched with their optimizer state. ScheduleFreeTrainer can resume from this checkpoint; its save_model() "
+            "writes x"
+        )
 
 
 def _match_parameters(
