@@ -82,7 +82,8 @@ def _without_warmup(
     given = options if isinstance(options, dict) else {}
     if warmup_steps and scheduler_type == SchedulerType.INVERSE_SQRT and given.get("timescale") is None:
         return {**given, "timescale": warmup_steps}  # 10,000 without a warm-up: next to no decay in most runs
-    if warmup_steps and scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and given.get("num_stable_steps"):
+    stable_steps = given.get("num_stable_steps")
+    if warmup_steps and scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and stable_steps is not None:
         # Or the decay would end that many steps too early, and the run would end at a rate of 0.
-        return {**given, "num_stable_steps": given["num_stable_steps"] + warmup_steps}
+        return {**given, "num_stable_steps": stable_steps + warmup_steps}
     return options

@@ -164,6 +164,11 @@ def test_an_explicit_scheduler_is_honoured_with_a_warning(tmp_path, caplog):
             {"num_stable_steps": 3, "num_decay_steps": 3, "decay_type": "linear"},
             lambda t: min(1, (10 - t) / 3),
         ),
+        (
+            "warmup_stable_decay",
+            {"num_stable_steps": 0, "num_decay_steps": 6, "decay_type": "linear"},
+            lambda t: min(1, (10 - t) / 6),
+        ),
         ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "linear"}, lambda t: min(1, (10 - t) / 3)),
     ],
 )
