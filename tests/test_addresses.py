@@ -404,6 +404,28 @@ def test_groups_that_were_replaced_come_back_to_y(park, caplog):
     assert same(params, y) and not same(x, y)
 
 
+@pytest.mark.parametrize("then", ["state_dict", "cast"])
+def test_groups_that_were_replaced_leave_nothing_parked(then, caplog):
+    ends = []
+    for park in ("residual", "copy"):
+        params, optimizer = stepped(park=park)
+        optimizer.eval()
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+        optimizer.train()
+        assert optimizer.parked_bytes == 0
+        if then == "state_dict":
+            assert not any("y" in state for state in optimizer.state_dict()["state"].values())
+        for p in params:
+            p.grad = None
+            p.data = p.data.double() if then == "cast" else p.data
+        step(params, optimizer)
+        optimizer.eval()
+        x = clones(params)
+        optimizer.train()
+        ends.append((*x, *clones(params)))
+    assert same(*ends) and not restarts(caplog)
+
+
 @pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
 def test_parameters_that_were_cast_while_x_is_shown_do_not_hold_it(dtype, other, caplog):
     caplog.set_level(logging.WARNING)

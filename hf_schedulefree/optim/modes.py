@@ -107,6 +107,7 @@ class Modes:
             self._residuals.forget(group)
             group.update(NOT_PARKED)
             group["train_mode"] = True
+        self._residuals.forget_replaced(self.param_groups)
 
     @property
     def parked_bytes(self) -> int:

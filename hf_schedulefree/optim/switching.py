@@ -102,6 +102,16 @@ class Residuals:
             self._reserves[id(group)].put_back(memory)
         self._ended[id(group)] = parked
 
+    def forget_replaced(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """After a switch back: forget groups in whose place others have their parameters; not those that are hidden."""
+        if not self._of_group:
+            return
+        shown = {id(p) for group in groups for p in group["params"]}
+        for key, residuals in list(self._of_group.items()):
+            if any(id(p) in shown for residual in residuals for p in residual.params):
+                self._of_group.pop(key)
+                self._groups.pop(key, None)
+
     def clear(self) -> None:
         """Forget all groups."""
         self._of_group.clear()
