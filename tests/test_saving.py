@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import same, tiny_model, tiny_trainer, weights_of
+from checkpoint_runs import same, tiny_data, tiny_model, tiny_trainer, weights_of
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
@@ -404,6 +404,47 @@ def test_a_run_that_sigterm_ended_is_resumed_exactly(event, tmp_path):
     resumed = new(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "event", "step"),
+    [
+        ("epoch", "step_begin", 2),
+        ("epoch", "step_end", 2),
+        ("epoch", "step_end", 4),
+        ("epoch", "epoch_end", 4),
+        ("steps", "step_end", 4),
+        ("steps", "step_end", 3),
+    ],
+)
+def test_a_run_that_sigterm_ended_evaluates_as_a_whole_one(strategy, event, step, tmp_path):
+    def terminate(args, state, control, **kwargs):
+        jit.jit_manager.is_checkpoint_requested |= state.global_step == step
+
+    def new(folder, **options):
+        model = tiny_model(attention_dropout=0.5)
+        sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}  # 4 steps in an epoch
+        strategies = {"eval_strategy": strategy, "eval_steps": 2, "save_strategy": strategy}
+        data = {"eval_dataset": tiny_data()}
+        return tiny_trainer(folder, model=model, more=data, **sizes, **strategies, **options)
+
+    whole = new(tmp_path / "whole")
+    whole.train()
+    trainer = new(tmp_path, enable_jit_checkpoint=True)
+    (jit,) = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "jit_manager")]
+    terminator = TrainerCallback()
+    setattr(terminator, f"on_{event}", terminate)
+    trainer.callback_handler.callbacks.insert(0, terminator)
+    trainer.train()
+    assert trainer.state.global_step == step
+    resumed = new(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights_of(resumed), weights_of(whole))
+    losses = [
+        [(entry["step"], entry["eval_loss"]) for entry in run.state.log_history if "eval_loss" in entry]
+        for run in (resumed, whole)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_other_optimizers_are_saved_as_the_trainer_does(tmp_path):
