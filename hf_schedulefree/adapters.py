@@ -31,15 +31,18 @@ def _adapter_folders(model: nn.Module, checkpoint: str) -> list[Path]:
     if not _is_peft_model(model):
         return []
     folders = [Path(checkpoint) / adapter for adapter in model.peft_config]
-    names = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
-    return [folder for folder in folders if any((folder / name).is_file() for name in names)]
+    return [folder for folder in folders if _has_adapter(folder)]
+
+
+def _has_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
 
 
 def load_default(model: nn.Module, checkpoint: str) -> None:
     """Load the adapter that lies beside the folders of others: transformers 5.17 leaves it as it is."""
-    if has_adapter_folders(model, checkpoint) and "default" in model.peft_config:
-        if any((Path(checkpoint) / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)):
-            model.load_adapter(checkpoint, "default", is_trainable="default" in model.active_adapters)
+    beside_others = has_adapter_folders(model, checkpoint) and _has_adapter(Path(checkpoint))
+    if beside_others and "default" in model.peft_config:
+        model.load_adapter(checkpoint, "default", is_trainable="default" in model.active_adapters)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_schedulefree import adapters, hub, registry, weights
+from hf_schedulefree import adapters, hub, registry, sigterm, weights
 from hf_schedulefree.callbacks import BatchNormRecalibrationCallback, batch_norm_layers
 from hf_schedulefree.checkpoint import describe_weight_files
 from hf_schedulefree.checkpoint.files import EXTRA_STATE_FILE, sharded_write_errors
-from hf_schedulefree.conversions import converted_weights_loaded
 from hf_schedulefree.learning_rate import LearningRateMixin
 from hf_schedulefree.progress import progress
+from hf_schedulefree.renamed_weights import renamed_weights_loaded
 from hf_schedulefree.rng import generators_restored
 from hf_schedulefree.saving import CheckpointMixin
 from hf_schedulefree.streamed_save import StreamedSaveMixin, listens
@@ -184,7 +184,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
                     "The model has BatchNorm layers, whose running statistics are those of y. Give the Trainer a "
                     "hf_schedulefree.BatchNormRecalibrationCallback() to evaluate and save x with its own."
                 )
-            self._save_on_sigterm_between_steps()
+            sigterm.save_between_steps(self.callback_handler)
             self._show_y()
             for callback in self._batch_norm_callbacks:
                 callback.start()
@@ -243,7 +243,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         # FSDP and DeepSpeed have files of their own.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or not self._is_schedule_free_run()
         with self._engine.loading_model():
-            with contextlib.nullcontext() if sharded else converted_weights_loaded(self.model, checkpoint):
+            with contextlib.nullcontext() if sharded else renamed_weights_loaded(self.model, checkpoint):
                 yield
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -7,7 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCall
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from hf_schedulefree.checkpoint import CheckpointError, export_averaged, inspect_weights
-from hf_schedulefree.conversions import converted_weights_loaded
+from hf_schedulefree.renamed_weights import renamed_weights_loaded
 
 
 def mixtral():
@@ -50,7 +50,7 @@ def test_several_files_and_weights_that_transformers_does_not_know(tmp_path):
         for p in model.parameters():
             p.zero_()
     generators = torch.get_rng_state()
-    with converted_weights_loaded(model, str(tmp_path)):
+    with renamed_weights_loaded(model, str(tmp_path)):
         load_sharded_checkpoint(model, str(tmp_path), strict=False)
     assert same_bits(parameters(model), parameters(saved))
     assert torch.equal(torch.get_rng_state(), generators) and "load_state_dict" not in vars(model)

@@ -18,7 +18,7 @@ from hf_schedulefree.rng import generators_restored
 
 
 @contextlib.contextmanager
-def converted_weights_loaded(model: nn.Module, checkpoint: str) -> Iterator[None]:
+def renamed_weights_loaded(model: nn.Module, checkpoint: str) -> Iterator[None]:
     """Within: `model.load_state_dict` loads what lies in `checkpoint` under other names, too.
 
     Args:
