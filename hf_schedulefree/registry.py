@@ -53,6 +53,11 @@ class OptimizerSpec:
 
     def _parse(self, text: str | None) -> dict[str, Any]:
         parsed: dict[str, Any] = {}
+        if text is not None and not isinstance(text, str):  # a mapping, in a YAML file
+            raise ValueError(
+                f"optim={self.name!r}, optim_args={text!r}: expected a text of the form 'key=value,key=value', not "
+                f"{type(text).__name__}. {self._accepted()}"
+            )
         for pair in (text or "").split(",") if (text or "").strip() else ():
             key, equals, value = (part.strip() for part in pair.partition("="))
             if not (key and equals and value):
@@ -187,7 +192,7 @@ def _explain_malformed_optim_args() -> None:
     def parse_or_explain(optim_args_str: str | None) -> dict[str, str]:
         try:
             return parse(optim_args_str)
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:  # the latter: it is no text
             accepted = " ".join(f"{name}: {', '.join(sorted(spec.options))}." for name, spec in SPECS.items())
             raise ValueError(
                 f"optim_args={optim_args_str!r} is not of the form key=value,key=value. Keys accepted by {accepted}"

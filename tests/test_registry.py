@@ -111,6 +111,7 @@ def test_options_come_from_the_arguments(tmp_path):
         ("weight_lr_power=inf", "weight_lr_power=inf is out of range"),
         ("r=-1", "r=-1.0 is out of range"),
         ("implementation=fastest", "implementation='fastest' is unknown"),
+        ({"r": 1.0}, "expected a text of the form 'key=value,key=value', not dict"),
     ],
 )
 def test_optim_args_are_refused_with_the_accepted_keys(optim_args, said, tmp_path):
