@@ -38,13 +38,16 @@ _SETTINGS = (
 )
 
 
-def describe_weights(card_file: Path, optimizer_name: str, group: Mapping[str, Any]) -> None:
+def describe_weights(
+    card_file: Path, optimizer_name: str, group: Mapping[str, Any], *, constant_rate: bool = False
+) -> None:
     """Add to a model card, as written by a Trainer, that the weights are schedule-free averages, and whose.
 
     Args:
         card_file: the README.md.
         optimizer_name: class of the optimizer.
         group: its first parameter group: settings, and the number of steps `k`.
+        constant_rate: whether it is known that, after the warm-up, the rate was constant.
     """
     card = ModelCard.load(card_file)
     tags = card.data.tags or []
@@ -56,13 +59,14 @@ def describe_weights(card_file: Path, optimizer_name: str, group: Mapping[str, A
     if group.get("k"):
         settings["steps"] = int(group["k"])
     rows = "\n".join(f"| {name} | {_readable(value)} |" for name, value in settings.items())
+    no_schedule = " No learning-rate schedule was needed." if constant_rate else ""
     card.text = f"""{before.rstrip()}
 
 {HEADING}
 
 These weights are schedule-free averages: the sequence x of [The Road Less Scheduled](https://arxiv.org/abs/2405.15682),
 not the point y at which the last gradients were taken. Use them as they are; evaluation during training was done with
-the same averages. No learning-rate schedule was needed. To go on training from them, start a new optimizer.
+the same averages.{no_schedule} To go on training from them, start a new optimizer.
 
 | {optimizer_name} | |
 |---|---|

@@ -1,5 +1,7 @@
 """`LearningRateMixin`: one warm-up, in the optimizer, and then a constant rate."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ class LearningRateMixin:
     """The part of `ScheduleFreeMixin` that deals with schedulers and warm-up."""
 
     _warmup_steps: int | None = None  # what this Trainer last gave the optimizer
+    _schedule: SchedulerType | None = None  # what this Trainer last made; None if that was not for it to choose
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         # Warm-up happens once, in the optimizer; the default (linear) decay would undo what schedule-free is for.
@@ -35,6 +38,7 @@ class LearningRateMixin:
             scheduler_type = SchedulerType.CONSTANT
         else:
             scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        self._schedule = scheduler_type
         try:
             self.args.lr_scheduler_type = scheduler_type
             if warmup_in_optimizer:
@@ -65,6 +69,23 @@ class LearningRateMixin:
             group["warmup_steps"] = warmup_steps
         self._warmup_steps = warmup_steps
         return True
+
+    @property
+    def _constant_rate(self) -> bool:
+        """Whether it is known that the rate was constant, after the warm-up."""
+        return self._switch is not None and self._schedule in _CONSTANT_SCHEDULERS
+
+    @contextlib.contextmanager
+    def _arguments_naming_the_schedule(self) -> Iterator[None]:
+        """Within: `lr_scheduler_type` is the schedule that was used, for those who write the arguments down."""
+        given = self.args.lr_scheduler_type
+        if self._constant_rate:
+            warms_up = self.args.warmup_steps > 0
+            self.args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP if warms_up else SchedulerType.CONSTANT
+        try:
+            yield
+        finally:
+            self.args.lr_scheduler_type = given
 
     def _get_learning_rate(self) -> float:
         # The rate that the last step really used, warm-up included; the scheduler does not know it.

@@ -335,12 +335,15 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     # The Hub
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        # Who downloads the weights should know that they are averages, and of what run.
-        super().create_model_card(*args, **kwargs)
+        # Who downloads the weights should know that they are averages, and of what run. The Trainer's part of the card
+        # would name the default schedule, linear, which was not used.
+        with self._arguments_naming_the_schedule():
+            super().create_model_card(*args, **kwargs)
         switch = self._switch
         if switch is not None and self.is_world_process_zero():
             card_file = Path(self.args.output_dir) / "README.md"
-            hub.describe_weights(card_file, type(switch.optimizer).__name__, switch.param_groups[0])
+            name, group = type(switch.optimizer).__name__, switch.param_groups[0]
+            hub.describe_weights(card_file, name, group, constant_rate=self._constant_rate)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # training_args.bin is published with the weights; the Hub token must not be.

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from hf_schedulefree import ScheduleFreeTrainer
 from hf_schedulefree.hub import describe_weights, token_left_out
+from hf_schedulefree.optim import AdamWScheduleFree
 
 SECRET = "hf_nobodyshouldeverreadthis"
 
@@ -72,3 +73,36 @@ def test_the_card_is_told_once_and_keeps_what_was_there(tmp_path):
     assert "license: mit" in first and "- schedule-free" in first and "What it is." in first
     for words in ("schedule-free averages", "| lr | 0.0025 |", "| betas | 0.9, 0.999 |", "| steps | 300 |"):
         assert words in first
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "no_schedule"),
+    [
+        ({}, "constant", True),
+        ({"warmup_steps": 1}, "constant_with_warmup", True),
+        ({"lr_scheduler_type": "cosine"}, "cosine", False),
+    ],
+)
+def test_the_card_names_the_schedule_that_was_used(tmp_path, options, named, no_schedule):
+    args = TrainingArguments(**cpu_arguments(tmp_path, **options))
+    given = args.lr_scheduler_type
+    rows = [{"input_ids": torch.arange(2, 10), "labels": torch.arange(2, 10)} for _ in range(4)]
+    trainer = ScheduleFreeTrainer(model=tiny_llama(), args=args, train_dataset=rows)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"- lr_scheduler_type: {named}\n" in card
+    assert ("No learning-rate schedule was needed" in card) == no_schedule
+    assert args.lr_scheduler_type == given
+
+
+def test_the_card_claims_nothing_of_a_schedule_passed_in(tmp_path):
+    args, model = TrainingArguments(**cpu_arguments(tmp_path)), tiny_llama()
+    optimizer = AdamWScheduleFree(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    rows = [{"input_ids": torch.arange(2, 10), "labels": torch.arange(2, 10)} for _ in range(4)]
+    trainer = ScheduleFreeTrainer(model=model, args=args, train_dataset=rows, optimizers=(optimizer, scheduler))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "schedule-free averages" in card and "No learning-rate schedule was needed" not in card
