@@ -155,15 +155,34 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     # Training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        # However training ends (also by an exception or Ctrl-C), the model is left at x.
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        fresh_optimizer: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.train`; however it ends (also by an exception or Ctrl-C), the model is left at x.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest whole one in `output_dir`.
+            fresh_optimizer: go on from weights alone, with a new average (x = y = z): those of the checkpoint or,
+                without one, those that the model holds.
+            args, kwargs: as in `Trainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is not whole, is of another optimizer or engine, or has no optimizer state.
+        """
+        if fresh_optimizer and not resume_from_checkpoint and self._switch is not None:
+            self._show_x()
+            self._restart()
         if not resume_from_checkpoint and self._switch is not None and self._switch.weights_replaced():
             logger.warning("Other weights were loaded since the last train(): the optimizer starts anew from them.")
             self._restart()
         self._training, self._weights_loaded = True, False
         try:
             with weights.only_data_loaded(self.is_deepspeed_enabled):
-                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, fresh_optimizer=fresh_optimizer, **kwargs)
             if self._switch is not None:
                 self._show_x()
             return output

@@ -221,6 +221,14 @@ def test_a_second_train_goes_on_from_the_same_y(tmp_path):
     assert trainer.optimizer.param_groups[0]["k"] == 10
 
 
+def test_a_second_train_with_a_fresh_optimizer_starts_anew_from_x(tmp_path):
+    other = tiny_llama()  # now: it draws from the generators
+    trainer = train(tmp_path, max_steps=5)
+    other.load_state_dict(parameters(trainer.model))
+    trainer.train(fresh_optimizer=True)
+    assert same_bits(everything(trainer), everything(train(tmp_path, max_steps=5, model=other)))
+
+
 def test_weights_loaded_between_two_trainings_are_noticed_and_kept(tmp_path, caplog):
     other = tiny_llama(seed=7)
     trainer = train(tmp_path, max_steps=5)
