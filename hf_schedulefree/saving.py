@@ -383,9 +383,13 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _newest_beside(folder: str | os.PathLike[str]) -> str:
-    """A sentence that names the newest whole checkpoint in the same run."""
-    run_dir = Path(folder).absolute().parent
+    """A sentence that names the newest whole checkpoint in the same run; `folder` may be that of the run."""
+    folder = Path(folder).absolute()
+    run_dir = folder if commit.checkpoint_folders(folder) else folder.parent
     newest, _ = verify.find_committed(run_dir, need_optimizer=True)
+    parts = (RECORD_NAME, files.TRAINER_STATE, files.OPTIMIZER_FILE)
+    if newest is None and any(folder.glob("*.safetensors")) and not any((folder / name).exists() for name in parts):
+        return "It is a saved model and no checkpoint: load it by from_pretrained, and train() starts anew from it."
     if newest is None:
         return f"There is no whole checkpoint in {run_dir}."
     return f"The newest whole checkpoint in {run_dir} is {newest.folder.name}."

@@ -186,6 +186,15 @@ def test_without_optimizer_state_only_a_fresh_optimizer_resumes(tmp_path):
     assert trainer.optimizer.param_groups[0]["k"] == 2
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused_with_the_way_to_go_on(run, tmp_path):
+    with pytest.raises(ValueError, match=rf"The newest whole checkpoint in {run} is checkpoint-6"):
+        tiny_trainer(run).train(resume_from_checkpoint=str(run))
+    tiny_trainer(tmp_path).save_model(tmp_path / "elsewhere/model")
+    for fresh_optimizer in (False, True):
+        with pytest.raises(ValueError, match=r"It is a saved model and no checkpoint: load it by from_pretrained"):
+            tiny_trainer(tmp_path).train(str(tmp_path / "elsewhere/model"), fresh_optimizer=fresh_optimizer)
+
+
 @pytest.mark.parametrize("mode", ["y", "x"])
 def test_a_checkpoint_of_the_stock_trainer_is_resumed_in_its_own_mode(tmp_path, mode):
     constant = {"lr_scheduler_type": "constant"}
