@@ -101,6 +101,10 @@ def test_a_saved_model_is_inspected_too(finished, tmp_path, capsys):
     capsys.readouterr()
     content = json.loads(answer(capsys, "inspect", tmp_path / "model", "--json")[1])
     assert (content["weights"], content["step"], content["complete"], content["distance"]) == ("x", 1, True, None)
+    # As a script leaves a run's own folder: save_model() and save_state(), with checkpoints inside or without.
+    shutil.copy(finished[0] / "checkpoint-6/trainer_state.json", tmp_path / "model")
+    content = json.loads(answer(capsys, "inspect", tmp_path / "model", "--json")[1])
+    assert (content["weights"], content["complete"], content["problem"]) == ("x", True, None)
     os.truncate(tmp_path / "model/model.safetensors", 5000)
     status, _, err = answer(capsys, "inspect", tmp_path / "model")
     assert status == 1 and "model.safetensors has 5000 bytes" in err

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_schedulefree.checkpoint import files as names
+from hf_schedulefree.checkpoint.commit import step_in_name
 from hf_schedulefree.checkpoint.contents import Stored, Weights, open_optimizer, open_weights
 from hf_schedulefree.checkpoint.deepspeed import AsWritten, DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from hf_schedulefree.checkpoint.matching import match_states, tensors_of
@@ -203,8 +204,10 @@ def inspect_weights(path: str | os.PathLike[str], *, progress: Progress | None =
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a folder is one to resume from, not a saved model."""
-    return any((path / name).exists() for name in (RECORD_NAME, names.TRAINER_STATE, names.OPTIMIZER_FILE))
+    """Whether a folder is one to resume from, not a saved model (which may have what `trainer.save_state()` writes)."""
+    if step_in_name(path) is not None and (path / names.TRAINER_STATE).exists():
+        return True
+    return any((path / name).exists() for name in (RECORD_NAME, names.OPTIMIZER_FILE))
 
 
 def _distance(source: _Source, progress: Progress | None) -> float:
