@@ -309,6 +309,8 @@ class CheckpointMixin:
                 f"{optimizer_class}. Use the same optimizer, or start a new one from the weights by "
                 "train(..., fresh_optimizer=True)."
             )
+        if self._fresh_optimizer and not self.is_deepspeed_enabled:
+            return False  # with the state would come the former learning rate, weight decay, beta and warm-up
         _, optimizer_file = weights.files_to_resume_from(self.model, self.accelerator)
         of_this_engine = (folder / optimizer_file).exists()  # a fresh optimizer can do without
         return fits and self._resumed.has_optimizer_state and (of_this_engine or not self._fresh_optimizer)

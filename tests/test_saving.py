@@ -186,6 +186,24 @@ def test_without_optimizer_state_only_a_fresh_optimizer_resumes(tmp_path):
     assert trainer.optimizer.param_groups[0]["k"] == 2
 
 
+def test_a_fresh_optimizer_has_the_options_of_the_new_run(run, tmp_path):
+    """Whatever else the checkpoint holds: its own rate, or that of another optimizer, or none."""
+    options = {"learning_rate": 1e-4, "adam_beta1": 0.95, "weight_decay": 0.25, "warmup_steps": 3, "max_steps": 8}
+    ends = []
+    for with_state in (True, False):
+        if not with_state:
+            os.remove(run / "checkpoint-4/optimizer.pt")
+            commit.commit_checkpoint(run / "checkpoint-4")
+        trainer = tiny_trainer(tmp_path / str(with_state), **options)
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"), fresh_optimizer=True)
+        group = trainer.optimizer.param_groups[0]
+        assert (group["betas"], group["weight_decay"], group["warmup_steps"]) == ((0.95, 0.999), 0.25, 3)
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+        assert rates == pytest.approx([1e-2, 1e-2, 2e-4 / 3, 1e-4])
+        ends.append(weights_of(trainer))
+    assert same(*ends)
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused_with_the_way_to_go_on(run, tmp_path):
     with pytest.raises(ValueError, match=rf"The newest whole checkpoint in {run} is checkpoint-6"):
         tiny_trainer(run).train(resume_from_checkpoint=str(run))
