@@ -28,6 +28,9 @@ logger = logging.get_logger(__name__)
 # The callback events that read the model as a result: they see x. During `train()` all others see y.
 EVENTS_AT_X = frozenset({"on_evaluate", "on_predict", "on_prediction_step", "on_save", "on_push_begin", "on_train_end"})
 
+# What comes next is a batch that is trained.
+EVENTS_BEFORE_GRADIENTS = frozenset({"on_step_begin", "on_substep_end"})
+
 
 class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     """Put in front of any `transformers.Trainer` class: `class MySFTTrainer(ScheduleFreeMixin, SFTTrainer)`.
@@ -44,6 +47,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
+        self._train_mode_set = False  # in this train(), for all parts of the model
         self._batch_norm_warned = False
         self._weights_loaded = False  # those of the checkpoint, since it was last asked for its optimizer state
         self._progress: dict[str, float] = {}  # what is logged with the next training loss
@@ -151,7 +155,20 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
                     return self._call_on_save(lambda: call_event(event, *args, **kwargs))
                 return call_event(event, *args, **kwargs)
 
-        self.callback_handler.call_event = call_event_at_its_weights
+        def call_event_and_prepare(event: str, *args: Any, **kwargs: Any) -> Any:
+            control = call_event_at_its_weights(event, *args, **kwargs)
+            if event in EVENTS_BEFORE_GRADIENTS and self._training and self._switch is not None:
+                self._set_train_mode()
+            return control
+
+        self.callback_handler.call_event = call_event_and_prepare
+
+    def _set_train_mode(self) -> None:
+        # The Trainer does so in its training_step. That is too late for a host that samples before it calls that one
+        # (TRL's GKD): it would do so without dropout after an evaluation and, with parts of the model, after a resume.
+        if not (self._train_mode_set and self.model_wrapped.training):
+            self.model_wrapped.train()
+            self._train_mode_set = True
 
     # Training
 
@@ -179,7 +196,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         if not resume_from_checkpoint and self._switch is not None and self._switch.weights_replaced():
             logger.warning("Other weights were loaded since the last train(): the optimizer starts anew from them.")
             self._restart()
-        self._training, self._weights_loaded = True, False
+        self._training, self._train_mode_set, self._weights_loaded = True, False, False
         try:
             with weights.only_data_loaded(self.is_deepspeed_enabled):
                 output = super().train(resume_from_checkpoint, *args, fresh_optimizer=fresh_optimizer, **kwargs)

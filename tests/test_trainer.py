@@ -337,3 +337,42 @@ def test_trainer_style_use(tmp_path):
     first = everything(trainer)
     trainer.train()  # model_init makes a new model and a new optimizer
     assert same_bits(everything(trainer), first)
+
+
+class SamplesFirst(ScheduleFreeTrainer):
+    """Draws random numbers in the model, as far as it has dropout that is on, before the Trainer's own step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            model(**self._prepare_inputs(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class EvaluatesWithinASum(TrainerCallback):
+    trainer = None
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+
+
+def test_a_step_begins_in_train_mode_whoever_looked_before(tmp_path):
+    def run(name, resume=None, evaluates=False, **options):
+        model = tiny_llama(attention_dropout=0.5)
+        callback = EvaluatesWithinASum()
+        trainer = make_trainer(
+            tmp_path / name,
+            trainer_class=SamplesFirst,
+            model=model.eval(),  # as from_pretrained leaves it
+            trainer_options={"callbacks": [callback] if evaluates else []},
+            max_steps=6,
+            gradient_accumulation_steps=2,
+            **options,
+        )
+        callback.trainer = trainer
+        trainer.train(resume_from_checkpoint=resume)
+        return parameters(trainer.model)
+
+    quiet = run("quiet")
+    watched = run("watched", evaluates=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=4)
+    assert same_bits(watched, quiet)
+    assert same_bits(run("resumed", resume=str(tmp_path / "watched" / "checkpoint-4")), quiet)

@@ -427,3 +427,34 @@ def test_what_callbacks_of_trl_sample(tmp_path, monkeypatch):
     trainer.train()
     for step in (2, 4):
         witness.assert_at_x(step, seen[step])
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_what_is_sampled_before_the_trainers_own_step(with_lora, tmp_path, monkeypatch):
+    """GKD samples before `model.train()` is called: an evaluation or a resume must not turn its dropout off."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    gkd = pytest.importorskip("trl.experimental.gkd")
+
+    class GKD(ScheduleFreeMixin, gkd.GKDTrainer):
+        pass
+
+    def run(folder, resumed_from=None, **changes):
+        witness = Witness()
+        trainer = GKD(
+            model=tiny_llama(attention_dropout=0.3),
+            teacher_model=tiny_llama(seed=1),
+            args=arguments(gkd.GKDConfig, folder, lmbda=1.0, max_new_tokens=4, **changes),
+            train_dataset=chats(),
+            eval_dataset=chats(4),
+            processing_class=tiny_tokenizer(),
+            callbacks=[witness],
+            **({"peft_config": lora()} if with_lora else {}),
+        )
+        trainer.train(resume_from_checkpoint=resumed_from)
+        return witness.y[4]
+
+    quiet = run(tmp_path / "quiet", eval_strategy="no", save_strategy="no")
+    watched = run(tmp_path / "watched", eval_steps=1)
+    resumed = run(tmp_path / "resumed", resumed_from=str(tmp_path / "watched" / "checkpoint-2"), eval_strategy="no")
+    assert quiet and all(torch.equal(watched[name], y) for name, y in quiet.items())
+    assert all(torch.equal(resumed[name], y) for name, y in quiet.items())
