@@ -41,9 +41,19 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     constant. With any other optimizer the class behaves as the Trainer that it extends.
 
     Raises:
+        TypeError: when a class is defined in which the mixin stands behind the Trainer.
         ValueError: at construction, if `optim_args` are malformed, an optimizer option is out of range, or FSDP or
             DeepSpeed is set up in a way that could not give the averaged weights.
     """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        kinds = cls.__mro__
+        if Trainer in kinds[: kinds.index(ScheduleFreeMixin)]:
+            raise TypeError(
+                f"{cls.__name__}: ScheduleFreeMixin must stand before the Trainer, or it changes nothing: "
+                "class MyTrainer(ScheduleFreeMixin, AnyTrainer)"
+            )
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._training = False  # inside train(); `is_in_train` stays True after an exception
@@ -314,6 +324,11 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
             )
 
     # Readers
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # The evaluations in train(), also of a class that is derived from this one with an evaluate() of its own.
+        with self.averaged_weights():
+            return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         # Metrics and on_evaluate belong to the weights that will be published.

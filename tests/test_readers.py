@@ -489,11 +489,30 @@ def check_evaluate_of_the_host(trainer_class, tmp_path):
     assert seen == ["x", "x"]
 
 
+def check_an_evaluate_of_ones_own(trainer_class, tmp_path):
+    """In a class that is derived from the whole, so that it comes first, and that asks none of the others."""
+    seen = []
+
+    class Mine(trainer_class):
+        def evaluate(self, *args, **kwargs):
+            seen.append(watch.truth.name(parameters(self.model)))
+            torch.rand(3)
+            return {"eval_loss": 1.0}
+
+    quiet, _ = watched(Mine, tmp_path / "quiet", save_strategy="no")
+    quiet.train()
+    trainer, watch = watched(Mine, tmp_path, eval_strategy="steps", eval_steps=3, save_strategy="no")
+    trainer.train()
+    assert set(seen) == {"x"} and watch.seen["on_step_begin"] == {"y"}
+    assert same_bits(parameters(trainer.model), parameters(quiet.model))
+
+
 READERS = {
     "full_eval": check_full_eval,
     "evaluate": check_evaluate,
     "predict": check_predict,
     "evaluate and predict of the Trainer that is extended": check_evaluate_of_the_host,
+    "evaluate of a Trainer that is derived": check_an_evaluate_of_ones_own,
     "checkpoint": check_step_checkpoint,
     "save_model": check_save_model,
     "Ray Tune's checkpoint": check_ray_checkpoint,
@@ -525,6 +544,7 @@ OVERRIDES = {
     "_load_best_model": check_best_model,
     "_save_optimizer_and_scheduler": check_batch_norm,
     "_load_optimizer_and_scheduler": check_resume_of_a_foreign_optimizer,
+    "_evaluate": check_an_evaluate_of_ones_own,
     "evaluate": check_evaluate_of_the_host,
     "predict": check_evaluate_of_the_host,
     "evaluation_loop": check_full_eval,

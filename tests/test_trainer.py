@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from hf_schedulefree import ScheduleFreeTrainer
+from hf_schedulefree import ScheduleFreeMixin, ScheduleFreeTrainer
 from hf_schedulefree.optim import AdamWScheduleFree
 
 
@@ -337,6 +337,22 @@ def test_trainer_style_use(tmp_path):
     first = everything(trainer)
     trainer.train()  # model_init makes a new model and a new optimizer
     assert same_bits(everything(trainer), first)
+
+
+def test_a_mixin_behind_the_trainer_is_refused():
+    """There it would change nothing: y in the files, and evaluations that change the training."""
+    with pytest.raises(TypeError, match="before the Trainer"):
+
+        class Behind(Trainer, ScheduleFreeMixin):
+            pass
+
+    class Host(Trainer):
+        pass
+
+    class Between(Host, ScheduleFreeTrainer):
+        pass
+
+    assert Between.__mro__.index(ScheduleFreeMixin) < Between.__mro__.index(Trainer)
 
 
 class SamplesFirst(ScheduleFreeTrainer):
