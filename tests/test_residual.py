@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_schedulefree.optim import AdamWScheduleFree, averaging, kernels
+from hf_schedulefree.optim import AdamWScheduleFree, averaging, kernels, pages
 from hf_schedulefree.optim.pages import Reserve
 
 pytest.importorskip("numba", reason="residuals need numba")
@@ -338,3 +338,22 @@ def test_without_numba_y_is_copied(monkeypatch):
 def test_an_unknown_way_to_park_is_refused():
     with pytest.raises(ValueError, match="park='swap' is unknown"):
         AdamWScheduleFree([nn.Parameter(torch.zeros(1))], park="swap")
+
+
+def test_the_default_device_is_not_that_of_the_residual():
+    """The compiled code was given an address of the other device: a segmentation fault."""
+    with torch.device("meta"):
+        assert pages.new_bytes(10).is_cpu
+    p = nn.Parameter(torch.randn(1000))
+    optimizer = AdamWScheduleFree([p], implementation="fused")
+    optimizer.train()
+    for gradient in (torch.ones(1000), torch.randn(1000)):
+        p.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad()  # so that the memory comes from `new_bytes`
+    y = p.detach().clone()
+    with torch.device("meta"):
+        optimizer.eval()
+        assert not torch.equal(p, y) and not optimizer.weights_replaced()
+        optimizer.train()
+    assert torch.equal(p, y)

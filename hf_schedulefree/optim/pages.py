@@ -45,7 +45,7 @@ Take = Callable[[int], Tensor]
 
 def new_bytes(size: int) -> Tensor:
     """The C library's memory: what was freed before, if there is any of that size."""
-    return torch.empty(size, dtype=torch.int8)
+    return torch.empty(size, dtype=torch.int8, device="cpu")  # whatever torch.set_default_device says
 
 
 class Reserve:
