@@ -548,3 +548,26 @@ optimizer.train()
 assert "hf_schedulefree.optim.kernels.one_pass_cpu" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("implementation", [*kernels.IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_default_dtype_changes_nothing(implementation, compiled, monkeypatch):
+    """torch's fused Adam was given the number of the step in that dtype; 301 is 300 in bfloat16."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "one_pass_kernel", lambda device_type: None)
+    ends = []
+    for default in (torch.float32, torch.bfloat16):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = AdamWScheduleFree([p], lr=0.1, implementation=implementation)
+        optimizer.train()
+        optimizer.param_groups[0]["k"] = 300
+        torch.set_default_dtype(default)
+        try:
+            for _ in range(3):
+                p.grad = torch.cos(p.detach())
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(p.detach())
+    assert torch.equal(*ends)

@@ -69,7 +69,7 @@ def _by_fused_adam_(
     if weight_decay != 0:  # -lr * weight_decay * y, with y = (1 - beta) z + beta x
         torch._foreach_mul_(z, 1 - lr * weight_decay * (1 - beta))
         torch._foreach_add_(z, y, alpha=-lr * weight_decay * beta)
-    k = torch.tensor(float(direction.steps), device=z[0].device)
+    k = torch.tensor(float(direction.steps), dtype=torch.float32, device=z[0].device)  # whatever the default dtype is
     torch._fused_adamw_(
         z,
         grads,
