@@ -360,3 +360,23 @@ def test_a_refused_group_does_not_join():
     with pytest.raises(ValueError, match="real parameters"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.complex64))]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("joins", ["at the start", "later"])
+def test_a_parameter_that_is_given_twice_is_refused(joins):
+    """torch only warns. Switched twice, the weights were no x any more, or KeyError 'y'."""
+    p, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"), pytest.raises(ValueError, match="several times"):
+        if joins == "at the start":
+            AdamWScheduleFree([p, other, p])
+        else:
+            optimizer = AdamWScheduleFree([other])
+            optimizer.add_param_group({"params": [p, p]})
+    if joins == "later":
+        assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_that_is_none_is_refused_as_by_torch():
+    optimizer = AdamWScheduleFree([nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match="must be a dict"):
+        optimizer.add_param_group([nn.Parameter(torch.ones(3))])

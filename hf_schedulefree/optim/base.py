@@ -257,16 +257,25 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new group is validated and joins in the mode that the optimizer is in."""
-        check_options(type(self).__name__, param_group)
-        if self.param_groups:
-            param_group.setdefault("train_mode", self.mode == "train")
+        if isinstance(param_group, dict):  # torch says what is wrong with others
+            check_options(type(self).__name__, param_group)
+            if self.param_groups:
+                param_group.setdefault("train_mode", self.mode == "train")
         super().add_param_group(param_group)
         self._repeated.clear()  # with more parameters, other implementations may be chosen for the earlier groups, too
         group = self.param_groups[-1]
+        refusal = None
         for p in group["params"]:
             if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(f"{type(self).__name__} takes real parameters; got one of dtype {p.dtype}")
+                refusal = f"{type(self).__name__} takes real parameters; got one of dtype {p.dtype}"
+        if len(set(map(id, group["params"]))) < len(group["params"]):
+            refusal = (
+                f"{type(self).__name__} got a parameter group with the same parameter several times, which would be "
+                "stepped and switched as often; give each once"
+            )
+        if refusal:
+            self.param_groups.pop()
+            raise ValueError(refusal)
         if group["state_precision"] == "parameter" and any(p.dtype in precision.HALF_DTYPES for p in group["params"]):
             warnings.warn(
                 f"{type(self).__name__}: with state_precision='parameter' and half-precision parameters, small updates "
