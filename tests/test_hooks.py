@@ -253,3 +253,66 @@ def test_inside_what_torch_compiles_all_runs_as_it_is(implementation, where, hoo
     assert torch.equal(params[0], others[0]) and optimizer.param_groups[0]["k"] == 4
     assert len(seen) == 4 * hooked
     torch._dynamo.reset()
+
+
+def _mark(optimizer):
+    optimizer.state["mark"] = 1
+
+
+def _only_z(optimizer, state_dict):
+    assert state_dict["param_groups"][0]["foreach"] is True
+    return {i: state["z"] for i, state in state_dict["state"].items() if i != "mark"}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_hooks_of_a_state_dict_may_add_and_return_anything(mode):
+    optimizer = build()
+    optimizer.step()
+    getattr(optimizer, mode)()
+    optimizer.register_state_dict_pre_hook(_mark)
+    state_dict = optimizer.state_dict()
+    assert state_dict["state"]["mark"] == 1 and optimizer.parked_bytes >= 0
+    optimizer.load_state_dict(copy.deepcopy(state_dict))
+    optimizer.train()
+    optimizer.step()
+    assert copy.deepcopy(optimizer).state["mark"] == 1
+    optimizer.register_state_dict_post_hook(_only_z)
+    assert list(optimizer.state_dict()) == [0]
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_a_hook_may_show_x_before_each_state_dict(implementation):
+    """What it parked was not in the state dict, where it is parked as a residual."""
+    optimizer = build(implementation=implementation)
+    optimizer.step()
+    (p,) = optimizer.param_groups[0]["params"]
+    y = p.detach().clone()
+    optimizer.register_state_dict_pre_hook(lambda own: own.eval())
+    state_dict = optimizer.state_dict()
+    assert state_dict["param_groups"][0]["train_mode"] is False and torch.equal(state_dict["state"][0]["y"], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", ["split", "full"])
+def test_a_hook_may_use_what_is_loaded(dtype, saved):
+    """It was called before the casts that torch makes were undone: the weights seemed to be others."""
+
+    def trained(state_precision):
+        p = nn.Parameter(torch.linspace(-1, 1, 40).to(dtype))
+        optimizer = AdamWScheduleFree([p], lr=0.1, state_precision=state_precision)
+        optimizer.train()
+        for step in range(4):
+            p.grad = torch.cos(p.detach() + step)
+            optimizer.step()
+        return p, optimizer
+
+    p, source = trained(saved)
+    y = p.detach().clone()
+    source.eval()
+    q, optimizer = trained("split")
+    q.data.copy_(p)
+    q.grad = None
+    optimizer.register_load_state_dict_post_hook(lambda own: own.train())
+    optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
+    assert optimizer.mode == "train" and optimizer.param_groups[0]["k"] == 4
+    assert torch.equal(q, y)

@@ -207,6 +207,53 @@ def test_states_without_the_counter_are_refused(name):
         assert all(torch.equal(tensor, after["state"][i][key]) for key, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    "kind, other, options", [("adamw", torch.optim.AdamW, {}), ("sgd", torch.optim.SGD, {"momentum": 0.9})]
+)
+def test_states_of_other_kinds_of_optimizers_are_refused(kind, other, options):
+    """They were dropped without a word, and their learning rate, the end of a schedule, was kept."""
+    net = make_net()
+    theirs = other(net.parameters(), lr=1e-9, **options)
+    backward(net, 20)
+    theirs.step()
+    optimizer = CASES[kind].ours(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no counter k"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_beta_at_which_x_is_lost_is_refused_when_it_is_loaded():
+    """torch's SGD has momentum 0: eval() divided by it, after the training."""
+    net = make_net()
+    optimizer = CASES["sgd"].ours(net.parameters())
+    with pytest.raises(ValueError, match="momentum=0 is out of range"):
+        optimizer.load_state_dict(torch.optim.SGD(net.parameters()).state_dict())
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_momentum_that_there_is_not_here_is_refused():
+    """Later versions of `schedulefree` can average the gradients, too, in AdamW."""
+    net = make_net()
+    optimizer = CASES["adamw"].ours(net.parameters())
+    run(net, optimizer, range(20, 22))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for momentum in (0.9, 0.0):
+        state_dict["param_groups"][0]["inner_momentum"] = momentum
+        if momentum:
+            with pytest.raises(ValueError, match="inner_momentum="):
+                optimizer.load_state_dict(state_dict)
+    optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_to_load_a_state_adds_no_option(kind):
+    net = make_net()
+    optimizer = CASES[kind].ours(net.parameters())
+    options = set(optimizer.state_dict()["param_groups"][0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert set(optimizer.state_dict()["param_groups"][0]) == options
+
+
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])

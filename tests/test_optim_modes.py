@@ -7,7 +7,11 @@ import torch
 from cases import CASES
 from test_optim import backward, copied, make_net, run, weights
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, pieces, precision
 
@@ -290,3 +294,33 @@ def test_a_beta_that_is_changed_while_x_is_shown_is_no_change_of_the_weights(kin
     optimizer.train()
     assert_same(net, y)
     assert optimizer.param_groups[0]["k"] == k and optimizer.state
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_parked_y_that_is_not_loaded_is_missed(flatten, caplog):
+    """torch's distributed checkpoints load no more entries than the optimizer that loads has in its mode."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3)
+    optimizer = AdamWScheduleFree(net.parameters(), lr=0.1)
+    optimizer.train()
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(torch.randn(7, 5)).pow(2).sum().backward()
+        optimizer.step()
+    y = weights(net)
+    optimizer.eval()
+    saved = get_optimizer_state_dict(net, optimizer, options=options)
+    for mode in ("eval", "train"):
+        other, state = copy.deepcopy(net), copy.deepcopy(saved)
+        other_optimizer = AdamWScheduleFree(other.parameters(), lr=0.1)
+        getattr(other_optimizer, mode)()
+        if mode == "train" and not flatten:  # as it is after dcp.load
+            for entries in state["state"].values():
+                del entries["y"]
+        caplog.clear()
+        set_optimizer_state_dict(other, other_optimizer, state, options=options)
+        assert ("parked y of 2" in caplog.text) == (mode == "train")
+        other_optimizer.train()
+        for name, p in other.named_parameters():
+            torch.testing.assert_close(p.detach(), y[name], rtol=0 if mode == "eval" else 1e-5, atol=0)

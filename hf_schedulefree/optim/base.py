@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # What `load_state_dict` gives an optimizer, as other objects.
 _REPLACED_BY_LOADING = ("state", "param_groups", "_residuals", "_parts", "_repeated")
+
+# A group, its mode, and those of its parameters, with their states, that have to show another x.
+_ToShow = tuple[dict[str, Any], Any, list[tuple[Tensor, dict[str, Tensor]]]]
 
 
 class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
@@ -86,6 +89,9 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     # Inside `state_dicts_at_x`.
     _state_dicts_at_x = False
+
+    # What the last call of `load_state_dict` was given, once the hooks of others have seen to it.
+    _loading: Sequence[dict[str, Any]] = ()
 
     # What torch wraps the `step` of a class in.
     profile_hook_step = staticmethod(hooks.profile_hook_step)
@@ -181,15 +187,22 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
     @hooks.never_compiled
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the groups also carry `foreach`, which `schedulefree` needs to load them."""
+        # Before the hooks of others: one of them may return anything.
+        handle = self.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Make torch's state dict, which refers to the states of the parameters, one of this package."""
         self._residuals.become_copies(self.state)
-        state_dict = super().state_dict()
         if self._state_dicts_at_x:
             pieces.park(self.param_groups, state_dict)
         for group in state_dict["param_groups"]:
             group["foreach"] = self.implementation != "for-loop"
             group.update(capturable.plain_counters(group))
         state_dict["state"] = {i: conversion.gatherable(state) for i, state in state_dict["state"].items()}
-        return state_dict
 
     @hooks.never_compiled
     @torch.no_grad()
@@ -200,41 +213,77 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         that of the run. If it cannot be loaded, or is interrupted, the optimizer is as it was.
 
         Raises:
-            ValueError: groups or sizes do not fit, or the state is that of a package that counts its steps otherwise.
+            ValueError: groups or sizes do not fit, the state is that of another kind of optimizer, or its beta is one
+                at which x could not be recovered.
         """
         loaded: list[dict[str, Any]] = []
-        hook = self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict))
+        self._loading = loaded
         own = [{name: group[name] for name in ("state_precision", "capturable")} for group in self.param_groups]
         former = {name: getattr(self, name) for name in _REPLACED_BY_LOADING}
-        changes: Counter[str] = Counter()
-        to_show: list[tuple[dict[str, Any], Any, list[tuple[Tensor, dict[str, Tensor]]]]] = []
+        to_show: list[_ToShow] = []
+        is_whole = False
+
+        def complete(_: torch.optim.Optimizer) -> None:
+            nonlocal is_whole
+            if self._loading is not loaded:  # that call was interrupted before it could remove its hooks
+                return
+            changes = self._convert_loaded(loaded[0], own, to_show)
+            is_whole = True
+            for group, mode, shown in to_show:
+                for p, state in shown:
+                    sharding.local(p).copy_(precision.rounded_x(state, self._shown_beta(group)))
+                group["train_mode"] = mode
+            if changes:
+                logger.warning(conversion.message(changes))
+
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, state_dict: loaded.append(state_dict)),
+            self.register_load_state_dict_post_hook(complete, prepend=True),  # those of others may use the optimizer
+        ]
         try:
             super().load_state_dict(state_dict)
-            conversion.refuse_uncounted(loaded[0])
-            for group, choices in zip(self.param_groups, own, strict=True):
-                group.update(choices)
-            conversion.undo_casts(self, loaded[0])
-            for group in self.param_groups:
-                shown = []
-                for p, state in self._started(group):
-                    storage, beta = self._storage(group, p), self._shown_beta(group)
-                    changed, shows_x = conversion.convert_loaded(p, state, storage, beta)
-                    changes.update(changed)
-                    shown += [(p, state)] if shows_x else []
-                if shown:
-                    to_show.append((group, group["train_mode"], shown))
-                    group["train_mode"] = None  # from here on, the next switch completes what is interrupted
         except BaseException:
-            self.__dict__.update(former)
+            if not is_whole:
+                self.__dict__.update(former)
             raise
         finally:
-            hook.remove()
-        for group, mode, shown in to_show:
-            for p, state in shown:
-                sharding.local(p).copy_(precision.rounded_x(state, self._shown_beta(group)))
-            group["train_mode"] = mode
-        if changes:
-            logger.warning(conversion.message(changes))
+            self._loading = ()
+            for handle in handles:
+                handle.remove()
+
+    def _convert_loaded(
+        self, state_dict: dict[str, Any], own: list[dict[str, Any]], to_show: list[_ToShow]
+    ) -> Counter[str]:
+        """After torch has loaded a state dict: give the groups their `own` choices, and the state its precision.
+
+        Returns:
+            What was changed. What has to show another x now is added to `to_show`; its groups are in mode None, so that
+            the next switch completes what is interrupted.
+        """
+        conversion.refuse_others(state_dict)
+        changes: Counter[str] = Counter()
+        for group, choices in zip(self.param_groups, own, strict=True):
+            betas = {name: group[name] for name in ("betas", "momentum") if name in self.defaults}
+            check_options(type(self).__name__, betas)
+            group.update(choices)
+        conversion.undo_casts(self, state_dict)
+        lost = 0
+        for group in self.param_groups:
+            if group["train_mode"] is False and group["parked_k"] == group["k"]:
+                lost += sum("y" not in state for _, state in self._started(group))
+        if lost:
+            logger.warning(conversion.LOST_Y, lost)
+        for group in self.param_groups:
+            shown = []
+            for p, state in self._started(group):
+                storage, beta = self._storage(group, p), self._shown_beta(group)
+                changed, shows_x = conversion.convert_loaded(p, state, storage, beta)
+                changes.update(changed)
+                shown += [(p, state)] if shows_x else []
+            if shown:
+                to_show.append((group, group["train_mode"], shown))
+                group["train_mode"] = None
+        return changes
 
     def __getstate__(self) -> dict[str, Any]:
         self._residuals.become_copies(self.state)
@@ -246,7 +295,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         for group in self.param_groups:
             group.pop("foreach", None)  # how to compute is this object's choice, not the checkpoint's
             for key, default in self.defaults.items():
-                group.setdefault(key, default)
+                if key != "differentiable":  # torch has just put it there; a state_dict would have one more option
+                    group.setdefault(key, default)
             # A y parked at another step was left there by an optimizer that does not know it.
             if group["train_mode"] or group["parked_k"] != group["k"]:
                 for _, param_state in self._started(group):

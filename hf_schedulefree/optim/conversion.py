@@ -9,6 +9,13 @@ from torch import Tensor
 from hf_schedulefree.optim import averaging, pages, precision, sharding
 from hf_schedulefree.optim.precision import Y_LOW, Storage
 
+# Of a state that was saved by this package, for so many parameters.
+LOST_Y = (
+    "The loaded optimizer state was saved in eval mode, but the parked y of %d parameters is not in it: y will follow "
+    "from x and z, but for rounding. torch.distributed.checkpoint loads no more than the optimizer's own state has: to "
+    "load such a checkpoint exactly, be in eval mode, as a new optimizer is."
+)
+
 
 def undo_casts(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Give the state the dtypes again in which it was saved: torch has cast all of it to those of the parameters."""
@@ -21,9 +28,12 @@ def undo_casts(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) 
                 optimizer.state[p][name] = saved.to(device=p.device)
 
 
-def gatherable(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one parameter as it is saved: of a `DTensor`, `y_low` as int32, as no collective takes int16."""
-    low = state.get(Y_LOW)
+def gatherable(state: Any) -> Any:
+    """The state of one parameter as it is saved: of a `DTensor`, `y_low` as int32, as no collective takes int16.
+
+    What somebody else has put beside the states stays what it is.
+    """
+    low = state.get(Y_LOW) if isinstance(state, dict) else None
     if low is None or not sharding.is_sharded(low):
         return state
     return {**state, Y_LOW: low.to(torch.int32)}
@@ -74,13 +84,22 @@ def _is_of_other_half(state: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
     return "z" in state and state["z"].dtype in precision.HALF_DTYPES and state["z"].dtype != dtype
 
 
-def refuse_uncounted(state_dict: Mapping[str, Any]) -> None:
-    """Raise for a schedule-free state without the counter k (`pytorch_optimizer`): it would begin at 0 again."""
+def refuse_others(state_dict: Mapping[str, Any]) -> None:
+    """Raise for the state of another kind of optimizer: it would be dropped, or its averaging begin at 0 again.
+
+    What schedule-free optimizers of `schedulefree` and of this package count in their groups is k. (Those of
+    `pytorch_optimizer` have z, but count otherwise.)
+    """
     for group in state_dict["param_groups"]:
-        if "k" not in group and any("z" in state_dict["state"].get(i, ()) for i in group["params"]):
+        if "k" not in group and any(state_dict["state"].get(i) for i in group["params"]):
             raise ValueError(
-                "The optimizer state has z, but no counter k in its groups: it was written by another package than "
-                "schedulefree or hf_schedulefree, whose averaging cannot be continued. Load its weights without it."
+                "The optimizer state has no counter k in its groups: it was written by another package than "
+                "schedulefree or hf_schedulefree, and cannot be continued. Load its weights without it."
+            )
+        if group.get("inner_momentum"):
+            raise ValueError(
+                f"The optimizer state was written with inner_momentum={group['inner_momentum']}, which there is not "
+                "here. Load its weights without it."
             )
 
 

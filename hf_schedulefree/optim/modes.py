@@ -112,7 +112,8 @@ class Modes:
     @property
     def parked_bytes(self) -> int:
         """The memory that the parked y takes now."""
-        return self._residuals.nbytes + sum(state["y"].nbytes for state in self.state.values() if "y" in state)
+        states = (state for state in self.state.values() if isinstance(state, dict))
+        return self._residuals.nbytes + sum(state["y"].nbytes for state in states if "y" in state)
 
     @hooks.never_compiled
     @torch.no_grad()
