@@ -324,3 +324,34 @@ def test_a_parked_y_that_is_not_loaded_is_missed(flatten, caplog):
         other_optimizer.train()
         for name, p in other.named_parameters():
             torch.testing.assert_close(p.detach(), y[name], rtol=0 if mode == "eval" else 1e-5, atol=0)
+
+
+def test_a_closure_that_leaves_x_behind_is_refused():
+    """The step moved x, and the next train() started anew."""
+    net, optimizer = trained()
+    y, k = weights(net), optimizer.param_groups[0]["k"]
+
+    def closure():
+        backward(net, 30)
+        optimizer.eval()
+
+    with pytest.raises(RuntimeError, match="eval mode"):
+        optimizer.step(closure)
+    optimizer.train()
+    assert_same(net, y)
+    assert optimizer.param_groups[0]["k"] == k
+    optimizer.step(lambda: (optimizer.eval(), optimizer.train(), backward(net, 30)))
+    assert optimizer.param_groups[0]["k"] == k + 1
+
+
+@pytest.mark.parametrize("park", ["copy", "residual"])
+def test_a_switch_takes_nothing_out_of_a_state_dict(park):
+    net, optimizer = trained(park=park)
+    y = weights(net)
+    optimizer.eval()
+    x, state_dict = copy.deepcopy(net), optimizer.state_dict()
+    optimizer.train()
+    resumed = AdamWScheduleFree(x.parameters(), lr=CASES["adamw"].lr)
+    resumed.load_state_dict(state_dict)
+    resumed.train()
+    assert_same(x, y)

@@ -346,7 +346,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: in eval mode, or for sparse gradients.
+            RuntimeError: in eval mode (also if it is the closure's), or for sparse gradients.
         """
         former = torch.is_grad_enabled()
         try:
@@ -359,15 +359,12 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         if closure is None and self._is_dry_run():
             self.init_state()
             return None
-        if not all(group["train_mode"] is True for group in self.param_groups):
-            raise RuntimeError(
-                f"{type(self).__name__}.step() was called in eval mode, where the model holds the averaged weights x. "
-                "Call optimizer.train() before computing gradients, and optimizer.eval() before evaluating or saving."
-            )
+        self._refuse_at_x()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._refuse_at_x()  # it may have looked at x
         capturable.check_capture(self)
         first = 0
         for group in self.param_groups:
@@ -377,6 +374,13 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
                 self._parts.keep(group, self.state)
             first += len(group["params"])
         return loss
+
+    def _refuse_at_x(self) -> None:
+        if not all(group["train_mode"] is True for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called in eval mode, where the model holds the averaged weights x. "
+                "Call optimizer.train() before computing gradients, and optimizer.eval() before evaluating or saving."
+            )
 
     def _step_group(self, group: dict[str, Any], first: int) -> None:
         (numbers, counters), params = self._step_numbers(group), group["params"]

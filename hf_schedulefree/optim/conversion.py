@@ -31,11 +31,14 @@ def undo_casts(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) 
 def gatherable(state: Any) -> Any:
     """The state of one parameter as it is saved: of a `DTensor`, `y_low` as int32, as no collective takes int16.
 
-    What somebody else has put beside the states stays what it is.
+    It is a dict of its own, out of which a later switch takes no y. What somebody else has put beside the states stays
+    what it is.
     """
-    low = state.get(Y_LOW) if isinstance(state, dict) else None
-    if low is None or not sharding.is_sharded(low):
+    if not isinstance(state, dict):
         return state
+    low = state.get(Y_LOW)
+    if low is None or not sharding.is_sharded(low):
+        return dict(state)
     return {**state, Y_LOW: low.to(torch.int32)}
 
 
