@@ -67,6 +67,30 @@ def test_a_group_stepped_in_parts_follows_the_whole_one_bit_for_bit():
         assert all(group[name] == parted_group[name] for name in ("k", "weight_sum", "lr_max", "scheduled_lr"))
 
 
+def test_a_group_in_the_place_of_a_removed_one_begins_at_its_own_first_step():
+    params = parameters()
+    former = optimizer_of(params)
+    former.train()
+    for step in range(3):
+        give_gradients(step, params)
+        former.step()
+    optimizer = optimizer_of(params)
+    optimizer.load_state_dict(former.state_dict())
+    optimizer.step()
+    place = id(optimizer.param_groups.pop())
+    late = torch.nn.Parameter(torch.ones(3, 4))
+    group = {"params": [late], "lr": 0.05}
+    for _ in range(100):  # Python gives out the same memory again
+        if id(group) == place:
+            break
+        group = [group, dict(group)][1]
+    optimizer.add_param_group(group)
+    for step in range(2):
+        give_gradients(step, [late])
+        optimizer.step()
+    assert optimizer.param_groups[1]["k"] == 2 and "counters" not in optimizer.state[late]
+
+
 def test_the_counts_of_the_parts_survive_a_checkpoint():
     whole, parted = parameters(), parameters()
     optimizer, in_parts = optimizer_of(whole), InParts(parted)

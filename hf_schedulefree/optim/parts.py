@@ -19,6 +19,7 @@ class GroupParts:
     """What is known of the parts of an optimizer's groups. Groups are known by id: ZeRO-1 and -2 show one at a time."""
 
     def __init__(self) -> None:
+        self._groups: dict[int, Mapping[str, Any]] = {}  # kept, so that no other group gets the id of one
         self._stepped: dict[int, list[Tensor]] = {}  # the parameters that a group stepped last
         self._before: dict[int, dict[str, float]] = {}  # its counters before its first step here
         self._in_parts: set[int] = set()  # the groups that are stepped in parts
@@ -32,6 +33,7 @@ class GroupParts:
         own = next((state.get("counters") for state in started), None)
         stepped = self._stepped.get(key)
         if stepped is None:
+            self._groups[key] = group
             self._before[key] = _counters(group)
         elif key not in self._in_parts and stepped[0] is not group["params"][0]:
             if set(map(id, stepped)).isdisjoint(map(id, group["params"])):
