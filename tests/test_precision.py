@@ -16,6 +16,7 @@ from hf_schedulefree import registry
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, precision, precision_step, sharding
 from hf_schedulefree.optim.kernels import one_pass_half_cpu
 from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
+from hf_schedulefree.optim.stored import read_sequences
 
 HALF = [torch.bfloat16, torch.float16]
 KEEPING = ["split", "stochastic", "full"]
@@ -705,6 +706,25 @@ def test_state_that_is_kept_in_two_ways_is_never_stepped_as_if_it_were_one(how, 
     assert (beyond[size:] == 7.0).all()
     assert len({tuple(kept.dtype for kept in optimizer.state[p].values()) for p in params}) == 1
     assert "converted" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("park", ["copy", "residual"])
+@pytest.mark.parametrize("state_precision", KEEPING)
+def test_a_model_that_is_cast_to_float32_comes_back_from_a_save_at_x(state_precision, park):
+    params, optimizer = make(state_precision=state_precision, implementation="fused", park=park)
+    take_steps(params, optimizer, range(3))
+    for p in params:
+        p.grad, p.data = None, p.data.float()
+    y = [p.detach().clone() for p in params]
+    optimizer.eval()
+    x = [p.detach().clone() for p in params]
+    stored = copy.deepcopy(optimizer.state_dict())
+    assert not optimizer.weights_replaced()
+    for i, p in enumerate(params):
+        sequences = read_sequences(stored["state"][i], stored["param_groups"][0], p.detach())
+        torch.testing.assert_close(sequences.x.float(), x[i])
+    optimizer.train()
+    assert all(map(torch.equal, params, y)) and optimizer.param_groups[0]["k"] == 3
 
 
 @pytest.mark.parametrize("implementation", [None, "fused", "foreach"])

@@ -138,7 +138,8 @@ def _residuals(
         return []
     from hf_schedulefree.optim.kernels.residual_cpu import DTYPES, ParkedResidual
 
-    rows = [(p, state["z"]) for p, state in started if "y" not in state]
+    # Low bits of float32 parameters are from when they were in half precision: a copy, as the state is converted first.
+    rows = [(p, state["z"]) for p, state in started if "y" not in state and precision.Y_LOW not in state]
     if not rows:
         return []
     if len(rows) == sum(residual.count for residual in ended):
