@@ -267,6 +267,39 @@ def test_parameters_of_another_size_are_other_weights(size, park, dtype):
     assert not optimizer.state and p.numel() == size
 
 
+@pytest.mark.parametrize("park", ["copy", "residual"])
+@pytest.mark.parametrize("size", [1, 3, 2000])
+def test_parameters_of_another_size_are_other_weights_also_after_a_state_dict(size, park):
+    p = torch.nn.Parameter(torch.ones(1000))
+    optimizer = AdamWScheduleFree([p], implementation="fused", park=park)
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.eval()
+    p.data, p.grad = torch.zeros(size), None
+    optimizer.state_dict()
+    assert optimizer.weights_replaced()
+    optimizer.train()
+    assert not optimizer.state and p.numel() == size
+
+
+@pytest.mark.parametrize("park", ["copy", "residual"])
+def test_a_group_that_is_removed_with_its_state_while_x_is_shown(park):
+    net, optimizer = trained(implementation="fused", park=park)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    (late,) = optimizer.param_groups[1]["params"]
+    late.grad = torch.ones(2)
+    optimizer.step()
+    y = weights(net)
+    optimizer.eval()
+    optimizer.param_groups.pop()
+    optimizer.state.pop(late)
+    assert all("y" in state for state in copied(optimizer)["state"].values())
+    optimizer.train()
+    assert_same(net, y)
+    assert late not in optimizer.state
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("park", ["copy", "residual"])
 def test_to_show_x_of_another_size_is_an_error(park, dtype):

@@ -88,7 +88,8 @@ class Residuals:
         for residuals in self._of_group.values():
             while residuals:  # one by one, so that there is never more than a copy
                 for p, y in zip(residuals[-1].params, residuals[-1].y(), strict=True):
-                    states[p]["y"] = y
+                    if "z" in states.get(p, ()):  # else somebody has removed its state
+                        states[p]["y"] = y
                 residuals.pop()
 
     def forget(self, group: Mapping[str, Any]) -> None:
@@ -197,7 +198,8 @@ def holds_x(started: Iterable[Started], beta: float, *, one_pass: bool = True) -
     """Whether the parameters hold exactly x; of a `DTensor`, this process's shard. Arguments as for `show_x`."""
     kernel, buckets, others = _divide(started, one_pass)
     return all(kernel.holds_x(p, y, z, beta, *y_low) for p, y, z, *y_low in buckets) and all(
-        averaging.same_bits(sharding.local(p), precision.rounded_x(state, beta)) for p, state in others
+        p.shape == state["z"].shape and averaging.same_bits(sharding.local(p), precision.rounded_x(state, beta))
+        for p, state in others
     )
 
 
