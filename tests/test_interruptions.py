@@ -150,6 +150,63 @@ def test_an_interrupted_new_start_is_made_by_the_next_switch(park, caplog):
     assert lines > 4
 
 
+@pytest.mark.parametrize("then", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_interrupted_return_from_a_state_without_y_is_completed(dtype, then):
+    """As `schedulefree` saves it: from the y that follows from x, x follows but for rounding."""
+    trained = _optimizer(dtype)
+    _train(trained, range(5))
+    trained.eval()
+
+    def without_y():
+        optimizer = copy.deepcopy(trained)
+        for state in optimizer.state.values():
+            del state["y"]
+        return optimizer
+
+    def completed(optimizer):
+        getattr(optimizer, then)()
+        optimizer.train()
+        return _all_of(optimizer)
+
+    twin = without_y()
+    twin.train()
+    wanted = _all_of(twin)
+    lines = 0
+    functions = (Modes.train, Modes._park_what_follows_from_x)
+    for optimizer in _interrupted(without_y, type(twin).train, *functions):
+        lines += 1
+        assert completed(copy.deepcopy(optimizer)) == wanted
+        assert completed(optimizer) == wanted
+    assert lines > 30
+
+
+@pytest.mark.parametrize("park", ["copy", "residual"])
+@pytest.mark.parametrize("then", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_copy_that_is_made_in_the_middle_of_a_switch_can_complete_it(dtype, then, park, caplog):
+    def trained():
+        optimizer = _optimizer(dtype, park=park, implementation="fused")
+        _train(optimizer, range(5))
+        return copy.deepcopy(optimizer)  # to which torch adds an option
+
+    twin = trained()
+    wanted = _all_of(twin)
+    lines = 0
+    for optimizer in _interrupted(trained, type(twin).eval, Modes.eval):
+        lines += 1
+        # What somebody does meanwhile to beta does not concern the x that is shown.
+        optimizer.param_groups[0]["betas"] = (0.5, 0.999)
+        another = copy.deepcopy(optimizer)
+        for one in (optimizer, another):
+            getattr(one, then)()
+            one.state_dict()
+            one.train()
+            one.param_groups[0]["betas"] = twin.param_groups[0]["betas"]
+            assert _all_of(one) == wanted
+    assert lines > 10 and "starts anew" not in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("saved", ["full", "split", "parameter"])
 @pytest.mark.filterwarnings("ignore:.*state_precision='parameter'")

@@ -51,10 +51,12 @@ class Modes:
         for group in self.param_groups:
             if group["train_mode"] is False:
                 continue
-            group["train_mode"] = None
+            # What is shown already, if this was interrupted, was computed with the beta of that time.
+            beta = self._shown_beta(group) if group["train_mode"] is None else self._beta(group)
+            group.update(train_mode=None, parked_k=int(group["k"]), parked_beta=float(beta))
             # Inside a block of torch.autocast a model would go on with the casts that were made of the former weights.
             torch.clear_autocast_cache()
-            beta, started = self._beta(group), self._started(group)
+            started = self._started(group)
             if self._one_pass and self.park != "copy":
                 self._residuals.park(group, started, beta)
             parked = set(map(id, self._residuals.params(group)))
@@ -64,7 +66,6 @@ class Modes:
                 if "y" not in state:
                     state["y"] = pages.copy_of(p)
             switching.show_x(copied, beta, one_pass=self._one_pass)
-            group.update(parked_k=int(group["k"]), parked_beta=float(beta))
             group["train_mode"] = False
 
     @hooks.never_compiled
@@ -90,14 +91,7 @@ class Modes:
                 continue
             torch.clear_autocast_cache()  # as in eval
             if group["train_mode"] is False:
-                restored = set(map(id, self._residuals.all_params()))
-                for p, state in self._started(group):
-                    # A state_dict of `schedulefree`: the return is as exact as theirs. (What was restored, for a group
-                    # that somebody has replaced by another one, holds its y already.)
-                    if "y" not in state and id(p) not in restored:
-                        state["y"] = pages.copy_of(p)
-                        y = averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), self._beta(group))
-                        precision.store_y(y, state["y"], state)
+                self._park_what_follows_from_x(group)
             group["train_mode"] = None
             copied = self._copied(group)
             for p, state in copied:
@@ -108,6 +102,22 @@ class Modes:
             group.update(NOT_PARKED)
             group["train_mode"] = True
         self._residuals.forget_replaced(self.param_groups)
+
+    def _park_what_follows_from_x(self, group: dict[str, Any]) -> None:
+        """Of a state_dict of `schedulefree`, which knows no y: the return is as exact as theirs."""
+        # What was restored, for a group that somebody has replaced by another one, holds its y already.
+        restored = set(map(id, self._residuals.all_params()))
+        beta, states, parked = self._beta(group), [], []
+        for p, state in self._started(group):
+            if "y" not in state and id(p) not in restored:
+                y = pages.copy_of(p)
+                precision.store_y(averaging.y_from_x(precision.wide(p), sharding.local(state["z"]), beta), y, state)
+                states.append(state)
+                parked.append({"y": y})
+        # These y lead to x but for rounding. So all of them are there and the switch has begun, or nothing has
+        # happened: in a call that Python does not interrupt.
+        begun = {"train_mode": None, "parked_k": int(group["k"]), "parked_beta": float(beta)}
+        list(map(dict.update, [*states, group], [*parked, begun]))
 
     @property
     def parked_bytes(self) -> int:
