@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_schedulefree.optim import AdamWScheduleFree
+from hf_schedulefree.optim import AdamWScheduleFree, SGDScheduleFree, averaging
 from hf_schedulefree.optim.kernels import jobs, machine_code, workers
 from hf_schedulefree.optim.kernels.one_pass_cpu import COLLECT, NORMALIZE, PLAIN
 
@@ -289,3 +289,34 @@ def test_what_cannot_work_is_not_available(folder, monkeypatch):
     steps_here()  # keeps some
     monkeypatch.setitem(sys.modules, f"{workers._SOURCES}.building", None)
     assert workers.available()
+
+
+@pytest.mark.parametrize("park", ["residual", "copy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_thread_that_flushes_subnormal_numbers_computes_as_others_do(dtype, park, caplog):
+    """torch's setting is that of one thread, and which thread works on which numbers is chance."""
+    smallest = torch.finfo(dtype).smallest_normal
+    start = torch.randn(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * smallest / 8
+    ends = []
+    for flush in (False, True):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = SGDScheduleFree([p], lr=0.5, implementation="fused", park=park)
+        optimizer.train()
+        for step in range(3):
+            p.grad = start.roll(step).to(dtype)
+            torch.set_flush_denormal(flush and step == 1)
+            optimizer.step()
+            torch.set_flush_denormal(False)
+        y = p.detach().clone()
+        optimizer.eval()
+        x = p.detach().clone()
+        torch.set_flush_denormal(flush)
+        try:
+            replaced = optimizer.weights_replaced()
+            optimizer.train()
+        finally:
+            torch.set_flush_denormal(False)
+        assert not replaced and averaging.same_bits(p.detach(), y)
+        ends.append((y, x))
+    assert all(map(averaging.same_bits, *ends))
+    assert not torch.equal(*ends[0]) and "starts anew" not in caplog.text
