@@ -388,3 +388,25 @@ def test_a_switch_takes_nothing_out_of_a_state_dict(park):
     resumed.load_state_dict(state_dict)
     resumed.train()
     assert_same(x, y)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_state_that_is_made_in_inference_mode_can_be_stepped(dtype, implementation):
+    ends = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        net, optimizer = trained(dtype=torch.bfloat16, implementation=implementation)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5))]})
+        (late,) = optimizer.param_groups[1]["params"]
+        net.zero_grad()
+        net.to(dtype)
+        with mode():
+            optimizer.eval()  # which converts the state
+            optimizer.init_state()
+            optimizer.weights_replaced()
+            optimizer.train()
+        for p in (*net.parameters(), late):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        ends.append([*weights(net).values(), late.detach()])
+    assert all(map(torch.equal, *ends))

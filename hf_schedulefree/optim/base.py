@@ -144,6 +144,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     # State
 
+    @torch.inference_mode(False)  # a step could not write to what is created in that mode
     @torch.no_grad()
     def init_state(self) -> None:
         """Create the state of every trainable parameter that has none yet, as if its first gradient had just come."""
@@ -175,7 +176,8 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         for p, state in started:
             storage = self._storage(group, p)
             if not conversion.fits(p, state, storage):
-                changes.update(conversion.convert(p, state, storage))
+                with torch.inference_mode(False), torch.no_grad():  # a step could not write to what is created in it
+                    changes.update(conversion.convert(p, state, storage))
         if changes:
             logger.warning(conversion.message(changes, "state of parameters that have another dtype now"))
 
