@@ -26,9 +26,9 @@ from torch import distributed
 from transformers import LlamaConfig, TrainerCallback, set_seed
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_schedulefree import ScheduleFreeTrainer, saving
-from hf_schedulefree.optim import ScheduleFreeOptimizer
-from hf_schedulefree.weights import unwrap_optimizer
+from hf_schedulefree import ScheduleFreeTrainer, averaged_weights, saving
+from hf_schedulefree.optim import AdamWScheduleFree, ScheduleFreeOptimizer
+from hf_schedulefree.weights import training_weights, unwrap_optimizer
 
 STEPS = 8
 GLOBAL_BATCH = 8
@@ -143,18 +143,22 @@ def inner(trainer):
 def fingerprint(trainer):
     """Of every bit that this process holds of the run: weights, optimizer state and counters; at y."""
     with trainer.training_weights():
-        digest = hashlib.sha256()
-        optimizer = inner(trainer)
-        for p in trainer.model.parameters():
-            tensor = p.ds_tensor if hasattr(p, "ds_tensor") else p
-            digest.update(bits(tensor))
-        in_order = [optimizer.state[p] for p in trainer.model.parameters() if p in optimizer.state]
-        for state in in_order or optimizer.state.values():  # DeepSpeed's parameters are none of the model's
-            for name in sorted(state):
-                if torch.is_tensor(state[name]):
-                    digest.update(name.encode() + bits(state[name]))
-        for group in optimizer.param_groups:
-            digest.update(repr([group[name] for name in ("k", "weight_sum", "lr_max")]).encode())
+        return fingerprint_of(trainer.model, inner(trainer))
+
+
+def fingerprint_of(model, optimizer):
+    """Of what they hold now."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        tensor = p.ds_tensor if hasattr(p, "ds_tensor") else p
+        digest.update(bits(tensor))
+    in_order = [optimizer.state[p] for p in model.parameters() if p in optimizer.state]
+    for state in in_order or optimizer.state.values():  # DeepSpeed's parameters are none of the model's
+        for name in sorted(state):
+            if torch.is_tensor(state[name]):
+                digest.update(name.encode() + bits(state[name]))
+    for group in optimizer.param_groups:
+        digest.update(repr([group[name] for name in ("k", "weight_sum", "lr_max")]).encode())
     return digest.hexdigest()
 
 
@@ -374,6 +378,50 @@ def idle(lab):
     lab.keep("idle_resumed", fingerprint(resumed))
 
 
+def own_loop(lab):
+    """No Trainer: accelerate prepares model and optimizer, saves and loads, and the loop is that of the docs."""
+
+    def run(name, reads=False, resumes=False):
+        accelerator, model = (made := lab.trainer(name, gradient_accumulation_steps=1)).accelerator, made.model
+        optimizer = AdamWScheduleFree(model.parameters(), lr=0.03, warmup_steps=3)
+        batches = torch.utils.data.DataLoader(Sentences(0, 64), batch_size=GLOBAL_BATCH // made.args.world_size)
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+        folder = str(lab.folder / "loop_state")
+        if resumes:
+            accelerator.load_state(folder)
+            batches = accelerator.skip_first_batches(batches, STEPS // 2)
+        with training_weights(model, optimizer):
+            for step, batch in enumerate(batches, start=1):
+                accelerator.backward(model(**batch).loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+                if reads:
+                    with averaged_weights(model, optimizer):
+                        loss = evaluation_loss(model)
+                        if step == STEPS // 2:
+                            accelerator.save_state(folder)
+            lab.keep(name, fingerprint_of(accelerator.unwrap_model(model), unwrap_optimizer(optimizer)))
+        if reads:
+            weights = accelerator.get_state_dict(model)
+            if lab.is_main:
+                torch.save({key: value.detach().clone() for key, value in weights.items()}, lab.folder / "loop_x.pt")
+            lab.keep("loop_losses", [loss, evaluation_loss(model)])
+
+    run("loop_quiet")
+    run("loop_busy", reads=True)
+    run("loop_resumed", resumes=True)
+
+
+@torch.no_grad()
+def evaluation_loss(model):
+    rows = torch.stack([row["input_ids"] for row in Sentences(1, 16)])
+    model.eval()
+    loss = model(input_ids=rows, labels=rows).loss.item()
+    model.train()
+    return loss
+
+
 class FailsToWrite(TrainerCallback):
     """At each step, a file that one process (or each) cannot write: the disk is full."""
 
@@ -476,6 +524,7 @@ PARTS = {
         callbacks,
         sigterm,
         idle,
+        own_loop,
         write_errors,
         memory,
         overflow,

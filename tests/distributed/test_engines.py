@@ -43,7 +43,8 @@ class Run:
         self.folder = folder / engine
         parts = list(PARTS if engine in MATRIX else ("trajectory",))
         parts += ["overflow"] * (engine in ("single", "ddp"))
-        parts += ["memory"] * (engine in MEASURED) + ["callbacks", "sigterm", "write_errors"] * (engine in FAILING)
+        parts += ["memory"] * (engine in MEASURED)
+        parts += ["callbacks", "sigterm", "write_errors", "own_loop"] * (engine in FAILING)
         self.ranks = launch(engine, self.folder, parts, self.row.processes)
 
     def with_part(self, name, key):
@@ -257,6 +258,21 @@ def test_a_sigterm_that_one_process_notices_first(engine, runs):
 def test_resume_with_a_parameter_that_had_no_gradient(engine, runs):
     for result in runs(engine).with_part("idle", "idle"):
         assert result["idle"] == result["idle_resumed"]
+
+
+# Accelerate would shard a model that transformers has sharded already.
+@pytest.mark.parametrize(
+    "engine", with_slow([name for name in MATRIX if "bf16" not in name and "native" not in name], FAILING)
+)
+def test_a_loop_of_ones_own(engine, runs):
+    run = runs(engine)
+    for result in run.with_part("own_loop", "loop_resumed"):
+        assert result["loop_quiet"] == result["loop_busy"] == result["loop_resumed"]
+    model = LlamaForCausalLM.from_pretrained(run.folder / "saved")
+    model.load_state_dict(run.kept("loop_x"), strict=False)
+    model.tie_weights()
+    for loss in run.ranks[0]["loop_losses"]:
+        assert loss == pytest.approx(loss_of(model), abs=1e-5)
 
 
 @pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if "bf16" not in name], FAILING))
