@@ -222,6 +222,8 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # The callbacks before the first step see y as well, after a resume and in a second train() too.
+        if self._is_schedule_free_run():  # an evaluation before does not change the training
+            self.model_wrapped = weights.to_be_wrapped(self.model, self.model_wrapped, self.accelerator)
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._switch is not None:
             if batch_norm_layers(self.model) and not self._batch_norm_callbacks and not self._batch_norm_warned:

@@ -26,6 +26,7 @@ from hf_schedulefree.weights.engines import (
     engine_for,
     files_to_resume_from,
     optimizer_saves_allowed,
+    to_be_wrapped,
     unwrap_optimizer,
 )
 from hf_schedulefree.weights.foreign import foreign_switch
@@ -46,6 +47,7 @@ __all__ = [
     "shown",
     "switch_for",
     "there_and_back",
+    "to_be_wrapped",
     "training_weights",
     "unwrap_optimizer",
 ]

@@ -23,6 +23,9 @@ from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.switching import Park
 from hf_schedulefree.weights.gathering import Gathering
 
+# accelerate's mark.
+_PREPARED = "_is_accelerate_prepared"
+
 # Makes a function keep its write errors instead of raising them.
 Keep = Callable[[Callable[..., Any]], Callable[..., None]]
 
@@ -375,6 +378,31 @@ def optimizer_saves_allowed(model: nn.Module | None, args: Any) -> Iterator[None
         yield
     finally:
         args.save_only_model = save_only_model
+
+
+def to_be_wrapped(model: nn.Module, wrapped: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """What the Trainer has to wrap for training, if the model was evaluated or trained before.
+
+    When accelerate has prepared a model for an evaluation, the model counts as prepared, and is not wrapped for DDP
+    afterwards: each process would train by itself. And it forgets DeepSpeed's engine when the next training begins,
+    with which the Trainer would go on. Can go when these two are mended.
+
+    Args:
+        model: the model.
+        wrapped: what the Trainer holds as its outermost wrapper.
+        accelerator: the Trainer's.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return model
+    if kind in (DistributedType.NO, DistributedType.FSDP) or NativeFullyShardedEngine.runs(model, None):
+        return wrapped
+    without_compile = getattr(wrapped, "_orig_mod", wrapped)
+    if without_compile is not model or not any(getattr(m, _PREPARED, False) for m in (model, wrapped)):
+        return wrapped
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the next one is put around what the model itself does
+    vars(model).pop(_PREPARED, None)
+    return model
 
 
 ENGINES: tuple[type[Engine], ...] = (Zero3Engine, ZeroEngine, NativeFullyShardedEngine, FullyShardedEngine, Engine)

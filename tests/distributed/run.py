@@ -378,6 +378,37 @@ def idle(lab):
     lab.keep("idle_resumed", fingerprint(resumed))
 
 
+def evaluated_first(lab):
+    """An evaluation and a prediction before `train()`, without and with mixed precision."""
+    for options in ({}, {"bf16": True}) if lab.name == "ddp" else ({},):
+        for name in ("unread", "evaluated_first"):
+            trainer = lab.trainer(name, dropout=True, **options)
+            if name == "evaluated_first":
+                trainer.evaluate()
+                trainer.predict(Sentences(1, 16))
+                set_seed(trainer.args.seed)  # before train(), nobody promises to leave the generators as they are
+            trainer.train()
+            lab.results.setdefault(name, []).append(fingerprint(trainer))
+
+
+def second_train(lab):
+    """After `train()` once more, and the same by a Trainer whose model begins there."""
+    for name in ("second_train", "begun_at_x"):
+        trainer = lab.trainer(name, dropout=True)
+        if name == "second_train":
+            trainer.train()
+            trainer.evaluate()
+            trainer.save_model(str(lab.folder / "first_train"))
+        else:
+            distributed.barrier()
+            trainer.model.load_state_dict(
+                safetensors.torch.load_file(lab.folder / "first_train/model.safetensors"), strict=False
+            )
+        set_seed(trainer.args.seed)
+        trainer.train()
+        lab.keep(name, fingerprint(trainer))
+
+
 def own_loop(lab):
     """No Trainer: accelerate prepares model and optimizer, saves and loads, and the loop is that of the docs."""
 
@@ -524,6 +555,8 @@ PARTS = {
         callbacks,
         sigterm,
         idle,
+        evaluated_first,
+        second_train,
         own_loop,
         write_errors,
         memory,

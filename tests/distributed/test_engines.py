@@ -43,6 +43,7 @@ class Run:
         self.folder = folder / engine
         parts = list(PARTS if engine in MATRIX else ("trajectory",))
         parts += ["overflow"] * (engine in ("single", "ddp"))
+        parts += ["evaluated_first"] * (engine in ("ddp", "zero3")) + ["second_train"] * (engine in ("zero2", "zero3"))
         parts += ["memory"] * (engine in MEASURED)
         parts += ["callbacks", "sigterm", "write_errors", "own_loop"] * (engine in FAILING)
         self.ranks = launch(engine, self.folder, parts, self.row.processes)
@@ -252,6 +253,21 @@ def test_a_sigterm_that_one_process_notices_first(engine, runs):
         assert result["sigterm_step"] == 3
         assert result["sigterm_resumed"] == result["quiet"]
     assert verify_checkpoint(run.folder / "sigterm/checkpoint-3").step == 3
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_an_evaluation_before_the_training(engine, runs):
+    """The Trainer refuses one in the other engines."""
+    run = runs(engine)
+    for result in run.ranks:
+        assert result["unread"] == result["evaluated_first"]
+        assert engine != "ddp" or result["unread"] == run.ranks[0]["unread"]  # of the whole model
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_a_second_train_under_deepspeed_begins_at_x(engine, runs):
+    for result in runs(engine).ranks:
+        assert result["second_train"] == result["begun_at_x"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2-full", "fsdp2-sharded"])
