@@ -436,3 +436,19 @@ def test_parameters_that_were_cast_while_x_is_shown_do_not_hold_it(dtype, other,
     assert optimizer.weights_replaced()
     optimizer.train()
     assert restarts(caplog)
+
+
+def test_an_interrupted_return_to_y_of_groups_that_were_replaced_is_completed(monkeypatch, caplog):
+    params, optimizer = stepped(park="residual")
+    y = clones(params)
+    optimizer.eval()
+    x = clones(params)
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "clear_autocast_cache", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.train()
+    optimizer.eval()
+    assert same(params, x) and not optimizer.weights_replaced()
+    optimizer.train()
+    assert same(params, y) and not restarts(caplog)

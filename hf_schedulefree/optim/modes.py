@@ -77,8 +77,9 @@ class Modes:
         optimizer starts anew from them, with a warning.
         """
         replaced = self._copies_replaced()
-        for group in self.param_groups:
-            if self._residuals.params(group):
+        parked = set(map(id, self._residuals.all_params()))
+        for group in self.param_groups:  # also such as somebody has put in the place of others
+            if not parked.isdisjoint(map(id, group["params"])):
                 group["train_mode"] = None
         if replaced or not self._residuals.restore():
             logger.warning(
