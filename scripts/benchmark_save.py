@@ -17,6 +17,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from transformers.utils import logging
 
 from hf_schedulefree import ScheduleFreeTrainer
 from hf_schedulefree.checkpoint.record import file_checksum
+from hf_schedulefree.checkpoint.writing import CLOSING
 from hf_schedulefree.optim import AdamWScheduleFree
 from hf_schedulefree.streamed_save import save_averaged
 from hf_schedulefree.weights import averaged_weights
@@ -99,6 +101,14 @@ def contenders(size: str, folder: Path) -> dict[str, Callable[[], None]]:
     }
 
 
+def be_idle() -> None:
+    """Wait for what earlier saves left to the system, and to the thread that closes the file that was replaced."""
+    for thread in threading.enumerate():
+        if thread.name == CLOSING:
+            thread.join()
+    os.sync()
+
+
 def extra_memory(action: Callable[[], None]) -> str:
     """By how many MiB the peak of this process's memory rises during a call; empty where Linux does not tell it."""
     try:
@@ -123,7 +133,7 @@ def measure(size: str, repeats: int, root: Path | None) -> list[dict[str, str]]:
         memory: dict[str, str] = {}
         for repeat in range(repeats + 1):
             for contender, action in actions.items():
-                os.sync()
+                be_idle()
                 if not repeat:  # a warm-up
                     action()
                     memory[contender] = extra_memory(action)

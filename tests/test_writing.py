@@ -55,6 +55,60 @@ def test_short_writes(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == bytes(3) + b"0123456789" * 10
 
 
+# What is replaced
+
+LARGE = {"large": torch.zeros(2**20 + 1)}
+
+
+def write(path, tensors):
+    write_safetensors(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors)
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """By which threads files were closed whose names begin with "model", and when the next one was begun."""
+    close, reserve, seen = os.close, writing._reserve, []
+
+    def watched(descriptor):
+        ours = "model" in os.readlink(f"/proc/self/fd/{descriptor}")
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        close(descriptor)
+        if ours:
+            seen.append(threading.current_thread().name)
+
+    monkeypatch.setattr(os, "close", watched)
+    monkeypatch.setattr(writing, "_reserve", lambda *args: seen.append("begun") or reserve(*args))
+    return seen
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+def test_a_large_file_that_is_replaced_is_closed_elsewhere_and_gone_before_the_next_one_is_begun(tmp_path, closed):
+    for name in ("model-1", "model-1", "model-2"):
+        write(tmp_path / name, LARGE)
+    assert closed == ["begun", "begun", writing.CLOSING, "begun"]
+    write(tmp_path / "model-3", {"small": torch.zeros(3)})
+    write(tmp_path / "model-3", LARGE)
+    assert closed[4:] == ["begun", "begun", "MainThread"]
+    assert torch.equal(load_file(tmp_path / "model-3")["large"], LARGE["large"])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+def test_no_file_stays_open(tmp_path, monkeypatch):
+    write(tmp_path / "model", LARGE)
+    (tmp_path / "folder" / "model").mkdir(parents=True)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError):
+        write(tmp_path / "folder" / "model", LARGE)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    write(tmp_path / "model", LARGE)
+    assert os.listdir("/proc/self/fd") == before
+
+
 # Two threads
 
 
