@@ -1,6 +1,7 @@
 """Half precision in several processes: no bit depends on the sharding, and replicas stay bit-identical."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_schedulefree.optim import AdamWScheduleFree
@@ -64,6 +65,32 @@ def check_shards(mesh, implementation, placements):
                 optimizer.train()
             take_step(*runs, 4)
             assert_same_run(*runs)
+
+
+def check_gradients_that_lie_otherwise(mesh, rank, implementation):
+    """Summands of them in each process, as autograd leaves those of norms in sequence parallelism, or all of them."""
+    for dtype, placement in itertools.product((torch.bfloat16, torch.float32), (Replicate(), Shard(0))):
+        generator = torch.Generator().manual_seed(3)
+        plain = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+        params = [nn.Parameter(distribute_tensor(q.detach().clone(), mesh, [placement])) for q in plain]
+        runs = [AdamWScheduleFree(some, lr=0.01, implementation=implementation) for some in (params, plain)]
+        for optimizer in runs:
+            optimizer.train()
+        for step in range(4):
+            for p, q in zip(params, plain, strict=True):
+                summands = [torch.randn(q.shape, generator=generator).to(dtype) for _ in range(2)]
+                q.grad = summands[0] + summands[1]
+                if step % 2:
+                    p.grad = DTensor.from_local(q.grad, mesh, [Replicate()])
+                else:
+                    p.grad = DTensor.from_local(summands[rank], mesh, [Partial()])
+            for optimizer in runs:
+                optimizer.step()
+        assert_same_run(params, runs[0], plain, runs[1])
+        for p in params if placement == Replicate() else []:
+            others = [torch.empty_like(p.to_local()) for _ in range(2)]
+            distributed.all_gather(others, p.to_local().detach())
+            assert torch.equal(*others)
 
 
 def net():
@@ -130,6 +157,8 @@ def work(rank, folder):
         mesh = init_device_mesh("cpu", (2,))
         check_shards(mesh, "for-loop", [Shard(0), Shard(1), Replicate()])
         check_shards(mesh, None, [Shard(0), Replicate()])  # columns are not for the compiled step
+        for implementation in (None, "foreach"):
+            check_gradients_that_lie_otherwise(mesh, rank, implementation)
         check_replicas(rank)
         check_fsdp2(mesh)
     finally:

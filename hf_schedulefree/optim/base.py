@@ -417,6 +417,7 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+            grad = sharding.placed_as(p, grad)
             state = self._init_state(group, p)
             if uses_v and "exp_avg_sq" not in state:
                 raise RuntimeError(

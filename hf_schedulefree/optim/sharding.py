@@ -12,6 +12,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
+def placed_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """A gradient spread over the processes as its parameter is; all of these must call it.
+
+    Autograd may leave a gradient as summands, one in each process (`Partial`): those of norms in sequence parallelism.
+    """
+    placements = getattr(parameter, "placements", None)
+    if placements is None or getattr(grad, "placements", placements) == placements:
+        return grad
+    return grad.redistribute(parameter.device_mesh, placements)
+
+
 def in_any_process(flag: bool, params: Iterable[Tensor]) -> bool:
     """Whether `flag` holds in any of the processes that share `params`; one small all-reduce per dimension of a mesh.
 
