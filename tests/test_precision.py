@@ -578,6 +578,43 @@ def test_schedulefree_loads_our_state(state_precision, mode):
     assert upstream.param_groups[0]["k"] == 8
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("state_precision", ["split", "full"])
+def test_low_bits_that_schedulefree_has_cast_are_dropped(state_precision, dtype, mode, steps):
+    """They are those of y before its steps, and not even these any more."""
+    params, optimizer = make(dtype, state_precision)
+    take_steps(params, optimizer, range(5))
+    getattr(optimizer, mode)()
+    theirs = [nn.Parameter(p.detach().clone()) for p in params]
+    upstream = schedulefree.AdamWScheduleFree(theirs, lr=0.01)
+    upstream.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if steps:
+        upstream.train()
+        take_steps(theirs, upstream, range(5, 5 + steps))
+        getattr(upstream, mode)()
+    back, other = make(dtype, state_precision)
+    with torch.no_grad():
+        for p, q in zip(back, theirs, strict=True):
+            p.copy_(q)
+    saved = upstream.state_dict()
+    other.load_state_dict(copy.deepcopy(saved))
+    for i, q in enumerate(theirs):
+        sequences = read_sequences(saved["state"][i], saved["param_groups"][0], q.detach())
+        assert torch.equal(sequences.y if mode == "train" else sequences.x, q.double())
+    assert other.param_groups[0]["k"] == 5 + steps and not other.weights_replaced()
+    other.train()
+    assert other.param_groups[0]["k"] == 5 + steps
+    for p, q in zip(back, theirs, strict=True):
+        if mode == "train":
+            assert torch.equal(precision.wide(p.detach(), other.state[p]), q.float())
+        else:
+            x = precision.wide_x(p.detach(), other.state[p], 0.9)
+            torch.testing.assert_close(x, q.float(), rtol=1e-5, atol=1e-6)
+    take_steps(back, other, range(8, 9))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("saved", ALL)
 @pytest.mark.parametrize("loaded", ALL)

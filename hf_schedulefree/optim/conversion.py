@@ -115,6 +115,8 @@ def convert_loaded(p: Tensor, state: dict[str, Tensor], storage: Storage | None,
     Returns:
         What was changed, and whether the parameter, which is not written to, held x: it is another one now.
     """
+    for name in state.keys() - precision.usable(state).keys():
+        del state[name]
     saved = dict(state)
     changes = convert(p, state, storage)
     if not (changes and "y" in saved):

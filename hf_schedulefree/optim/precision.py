@@ -109,6 +109,17 @@ def join(parameter: Tensor, low: Tensor) -> Tensor:
     return low.float().mul_(_half_low_unit(parameter)).add_(parameter)
 
 
+def usable(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A stored state without low bits that another package has cast, and without the parked y that needs them.
+
+    `schedulefree` keeps what it does not know of a state, but torch casts it there to the parameter's dtype; what such
+    bits continue may have been stepped since.
+    """
+    if Y_LOW not in state or not state[Y_LOW].is_floating_point():
+        return state
+    return {name: value for name, value in state.items() if name not in (Y_LOW, "y")}
+
+
 def wide(y: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
     """y with all that the state knows of it, in float32 or wider; of a `DTensor`, this process's shard.
 

@@ -44,6 +44,7 @@ def read_sequences(state: Mapping[str, Tensor], group: Mapping[str, Any], shown:
     if "z" not in state:
         shown = shown.to(torch.float64)
         return Sequences(shown, shown, shown)
+    state = precision.usable(state)
     z = state["z"].to(torch.float64)
     beta = stored_beta(group)
     if shows_y(group):
