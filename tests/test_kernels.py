@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import profile
 
 from hf_schedulefree.optim import AdamWScheduleFree, averaging, directions, kernels, switching
-from hf_schedulefree.optim.kernels import torch_ops
+from hf_schedulefree.optim.kernels import machine_code, torch_ops
 from hf_schedulefree.optim.kernels.numbers import DenseRow, StepNumbers
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
@@ -389,6 +389,36 @@ def test_a_broken_numba_counts_as_missing(monkeypatch, tmp_path):
         assert kernels.one_pass_kernel("cpu") is None
     finally:
         kernels.one_pass_kernel.cache_clear()
+
+
+@needs_numba
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_numba_that_refuses_its_settings_counts_as_missing(compiled_before, tmp_path):
+    """If it is needed for what was not compiled before, the message says what to do."""
+    code = (
+        "import torch, sys\n"
+        "from hf_schedulefree.optim import SGDScheduleFree, kernels\n"
+        "p = torch.nn.Parameter(torch.ones(3, dtype=getattr(torch, sys.argv[1]))); p.grad = torch.ones_like(p)\n"
+        "optimizer = SGDScheduleFree([p], lr=0.5, implementation='fused')\n"
+        "optimizer.train(); optimizer.step()\n"
+        "print(p[0].item(), kernels.one_pass_kernel('cpu') is not None)\n"
+    )
+
+    def run(dtype, **environment):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), **environment}
+        command = [sys.executable, "-c", code, dtype]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+
+    if compiled_before and machine_code.AVAILABLE:
+        assert run("float32").stdout.split() == ["0.5", "True"]
+        assert run("float32", NUMBA_NUM_THREADS="0").stdout.split() == ["0.5", "True"]
+        result = run("float64", NUMBA_NUM_THREADS="0")
+        assert "RuntimeError: The kernel step.step has to be compiled by numba" in result.stderr
+        assert "NUMBA_DISABLE_JIT=1" in result.stderr
+        assert run("float64", NUMBA_NUM_THREADS="0", NUMBA_DISABLE_JIT="1").stdout.split() == ["0.5", "False"]
+    else:
+        result = run("float32", NUMBA_NUM_THREADS="0")
+        assert result.stdout.split() == ["0.5", "False"], result.stderr
 
 
 @needs_numba

@@ -46,7 +46,8 @@ def available() -> bool:
         return True
     try:
         importlib.import_module(f"{_SOURCES}.building")
-    except (ImportError, AttributeError, OSError):
+    except Exception as error:  # it does not go with numpy, or refuses its settings: it may be anything
+        logger.info("numba is not used: %s: %s", type(error).__name__, error)
         return False
     return True
 
@@ -58,13 +59,24 @@ def worker(name: str, *options: str | int) -> Work:
     Args:
         name: module and function there, as in "step.step".
         options: what the function takes.
+
+    Raises:
+        RuntimeError: it has to be compiled, and numba does not work: see `available`, which only looks whether anything
+            was compiled before.
     """
     if machine_code.AVAILABLE:
         file = "-".join((name, *map(str, options))) + ".o"
         for folder in _folders():
             with contextlib.suppress(OSError, machine_code.UnusableError):
                 return _Loaded(machine_code.load(_read(folder / file)))
-    building = importlib.import_module(f"{_SOURCES}.building")
+    try:
+        building = importlib.import_module(f"{_SOURCES}.building")
+    except Exception as error:
+        raise RuntimeError(
+            f"The kernel {name} has to be compiled by numba, which does not work here any more "
+            f"({type(error).__name__}: {error}). Mend that, uninstall numba, or set NUMBA_DISABLE_JIT=1: then torch's "
+            "operations are used."
+        ) from error
     module, _, function = name.rpartition(".")
     source = getattr(importlib.import_module(f"{_SOURCES}.{module}"), function)(*options)
     if machine_code.AVAILABLE:
