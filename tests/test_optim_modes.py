@@ -405,8 +405,12 @@ def test_state_that_is_made_in_inference_mode_can_be_stepped(dtype, implementati
             optimizer.init_state()
             optimizer.weights_replaced()
             optimizer.train()
-        for p in (*net.parameters(), late):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, dtype=dtype))]})
+        (later,) = optimizer.param_groups[2]["params"]
+        for p in (*net.parameters(), late, later):
             p.grad = torch.ones_like(p)
+        with mode():
+            optimizer.step()  # which creates the state of the last one
         optimizer.step()
-        ends.append([*weights(net).values(), late.detach()])
+        ends.append([*weights(net).values(), late.detach(), later.detach()])
     assert all(map(torch.equal, *ends))

@@ -144,7 +144,6 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
 
     # State
 
-    @torch.inference_mode(False)  # a step could not write to what is created in that mode
     @torch.no_grad()
     def init_state(self) -> None:
         """Create the state of every trainable parameter that has none yet, as if its first gradient had just come."""
@@ -157,11 +156,12 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         state = self.state.get(p)
         if not state or "z" not in state:
             # All of it or nothing joins, as memory may be short, or somebody may interrupt.
-            new = {"z": pages.copy_of(p), **self._new_state(p)}
-            conversion.convert(p, new, self._storage(group, p))
-            if group["train_mode"] is False:
-                new["y"] = pages.copy_of(p)
-                group["parked_k"] = int(group["k"])
+            with torch.inference_mode(False), torch.no_grad():  # a step could not write to what is created in that mode
+                new = {"z": pages.copy_of(p), **self._new_state(p)}
+                conversion.convert(p, new, self._storage(group, p))
+                if group["train_mode"] is False:
+                    new["y"] = pages.copy_of(p)
+                    group["parked_k"] = int(group["k"])
             state = self.state[p]
             state.update(new)
         return state
