@@ -228,6 +228,63 @@ def test_folders_of_tokenizers_and_chat_templates_are_copied_and_other_models_ar
     assert folders == sorted([*belonging, "qformer_tokenizer/additional_chat_templates"])
 
 
+def test_names_with_slashes_stay_whole(tmp_path):
+    """An adapter's folder is told apart from a name by itself; part of a name may look like one."""
+    tensors = {
+        "heads.a/cls.weight": torch.randn(3, 4),
+        "heads.b/cls.weight": torch.randn(3, 4),
+        "body/cls.weight": torch.randn(3),
+    }
+    for case in ("one file", "two adapters"):
+        folders = ["."] if case == "one file" else ["a", "b"]
+        for number, folder in enumerate(folders):
+            (tmp_path / case / folder).mkdir(parents=True)
+            name = "model.safetensors" if case == "one file" else "adapter_model.safetensors"
+            content = {key: tensor + number for key, tensor in tensors.items()}
+            save_file(content, tmp_path / case / folder / name, {"format": "pt", "schedule_free.weights": "x"})
+        export_averaged(tmp_path / case, tmp_path / case / "out")
+        for folder in folders:
+            assert same(load_file(tmp_path / case / "out" / folder / name), load_file(tmp_path / case / folder / name))
+
+
+@pytest.mark.parametrize("place", ["the working directory", "a link", "inside the checkpoint", "left by a kill"])
+def test_an_export_into_a_folder_that_is_there(tmp_path, place, monkeypatch):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    source, output = tmp_path / "checkpoint", tmp_path / "new folder ü"
+    model.save_pretrained(source)
+    weights = source / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "schedule_free.weights": "x"})
+    if place == "inside the checkpoint":
+        output = source / "z"  # behind the adapter's configuration, in the order in which files are copied
+    else:
+        output.mkdir()
+    if place == "a link":
+        (tmp_path / "link").symlink_to(output)
+    if place == "left by a kill":
+        (output / ".tmp-export").mkdir()
+        (output / ".tmp-export/part").touch()
+    monkeypatch.chdir(output if place == "the working directory" else tmp_path)
+    export_averaged(source, {"the working directory": ".", "a link": "link"}.get(place, output))
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "adapter_config.json", weights.name]
+    assert same(load_file(output / weights.name), load_file(weights))
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        export_averaged(source, output)
+
+
+def test_a_failed_export_leaves_an_empty_folder_empty(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path / "run")
+    trainer.train()
+    (tmp_path / "out").mkdir()
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_schedulefree.checkpoint.export.write_safetensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir()) and sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
 def test_bfloat16_state_gives_x_in_full_precision(tmp_path):
     trainer = tiny_trainer(tmp_path / "run", model=tiny_model().to(torch.bfloat16))
     trainer.train()

@@ -52,6 +52,10 @@ class Weights(ABC):
         """Output file -> the tensors that it is to hold."""
         return {names.MODEL_FILE: sorted(self.shapes)}
 
+    def name_in_file(self, name: str) -> str:
+        """What a tensor is called in its file: the same, but for adapters of several folders."""
+        return name
+
 
 class SafetensorsWeights(Weights):
     """Weights in one or several safetensors files: a model's, its shards, or adapters'."""
@@ -91,6 +95,9 @@ class SafetensorsWeights(Weights):
         for name, (path, _) in self._files.items():
             layout.setdefault(path.relative_to(self._folder).as_posix(), []).append(name)
         return layout
+
+    def name_in_file(self, name: str) -> str:
+        return self._files[name][1]
 
 
 class PickledWeights(Weights):

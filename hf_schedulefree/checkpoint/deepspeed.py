@@ -253,6 +253,9 @@ class AsWritten(Weights):
     def layout(self) -> Mapping[str, list[str]]:
         return self._written.layout
 
+    def name_in_file(self, name: str) -> str:
+        return self._written.name_in_file(name)
+
 
 class _State(Mapping[str, Tensor]):
     """One parameter's optimizer state; a tensor is put together when it is asked for."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,6 +42,9 @@ _NOT_COPIED = (
 # for each further one, and a tokenizer or processor one for all chat templates but the first.
 _PART_OF_MODEL = ("adapter_config.json", "tokenizer_config.json")
 _CHAT_TEMPLATES = "additional_chat_templates"
+
+# The folder in which an export is written before it is moved into place ends so.
+_ASIDE = ".tmp-export"
 
 Progress = Callable[[str], Any]
 
@@ -246,7 +249,10 @@ def export_averaged(
         FileExistsError: `output_dir` is not empty.
     """
     source_path, output = Path(folder), Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # A folder that exists stays what it is: a link, the place of another disk, somebody's working directory.
+    stays = output.exists()
+    temporary = output / _ASIDE if stays else output.with_name(f"{output.name}{_ASIDE}")
+    if stays and (not output.is_dir() or any(path != temporary for path in output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; choose a new one")
     if source_path.is_dir() and (source_path / RECORD_NAME).exists():
         verify_checkpoint(source_path)
@@ -262,18 +268,23 @@ def export_averaged(
     metadata = {"format": "pt"} | names.weight_metadata(
         weights="x", step=source.step() or 0, optimizer=source.optimizer_name() or "unknown", beta=source.beta()
     )
-    temporary = output.with_name(f"{output.name}.tmp-export")
     shutil.rmtree(temporary, ignore_errors=True)
+    copied = list(_other_files(source_path)) if source_path.is_dir() else []  # before the new folder, if it lies there
     temporary.mkdir(parents=True)
     try:
-        if source_path.is_dir():
-            _copy_other_files(source_path, temporary)
+        for path in copied:
+            target = temporary / path.relative_to(source_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
         for file_name, tensors in source.weights.layout.items():
             _write_averages(source, temporary / file_name, tensors, dtype, metadata, progress)
         _write_index(source, temporary, dtype)
-        if output.exists():
-            output.rmdir()
-        os.rename(temporary, output)
+        if stays:
+            for path in sorted(temporary.iterdir()):
+                os.rename(path, output / path.name)
+            temporary.rmdir()
+        else:
+            os.rename(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -289,7 +300,7 @@ def _write_averages(
     progress: Progress | None,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    full_names = {name.rpartition("/")[2]: name for name in tensors}  # an adapter's folder is no part of the name
+    full_names = {source.weights.name_in_file(name): name for name in tensors}
 
     def average(name: str) -> Tensor:
         if progress is not None:
@@ -302,16 +313,15 @@ def _write_averages(
     write_safetensors(path, entries, average, metadata, sync=True)
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
+def _other_files(source: Path) -> Iterator[Path]:
     """Configuration, tokenizer, code, adapters' configurations: everything but weights and training state."""
     for path in sorted(source.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
             continue
         if path.is_file():
-            shutil.copy2(path, target / path.name)
+            yield path
         elif _belongs_to_model(path):
-            (target / path.name).mkdir()
-            _copy_other_files(path, target / path.name)
+            yield from _other_files(path)
 
 
 def _belongs_to_model(folder: Path) -> bool:
