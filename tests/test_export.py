@@ -1,5 +1,6 @@
 """`export_averaged` and `inspect_weights`: x out of whatever checkpoint there is, equal to x in float64 to rounding."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,14 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_optimizer
 import torch
 from checkpoint_runs import same, tiny_model, tiny_trainer, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from prodigyplus import ProdigyPlusScheduleFree
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_schedulefree.checkpoint import CheckpointError, export_averaged, inspect_weights, read_header, verify_checkpoint
+from hf_schedulefree.checkpoint import (
+    CheckpointError,
+    export_averaged,
+    find_committed,
+    inspect_weights,
+    read_header,
+    verify_checkpoint,
+)
+from hf_schedulefree.optim import AdamWScheduleFree
 
 BETA = 0.9
 
@@ -143,6 +154,114 @@ def test_the_other_optimizers_of_the_stock_trainer(tmp_path, name):
     assert contents.optimizer == {"sgd": "SGDScheduleFree", "radam": "RAdamScheduleFree"}[name.rpartition("_")[2]]
     export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
     assert_rounded(load_file(tmp_path / "out/model.safetensors"), x_in_float64(trainer.model, trainer.optimizer))
+
+
+@pytest.mark.parametrize("written_by", [ProdigyPlusScheduleFree, pytorch_optimizer.ScheduleFreeAdamW])
+def test_optimizers_of_other_packages(tmp_path, written_by):
+    """prodigy-plus counts its steps from 1 on, and pytorch_optimizer calls the count `step`."""
+    model = tiny_model()
+    more = {"optimizers": (written_by(model.parameters()), None)}
+    trainer = stock_run(tmp_path / "run", model=model, more=more, lr_scheduler_type="constant")
+    assert verify_checkpoint(tmp_path / "run/checkpoint-6").step == 6
+    contents = inspect_weights(tmp_path / "run/checkpoint-6")
+    assert (contents.weights, contents.optimizer, contents.complete) == ("y", written_by.__name__, True)
+    exact = x_in_float64(trainer.model, trainer.optimizer)
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all((written[name].double() - value).abs().max() < 1e-6 for name, value in exact.items())
+    # And it is resumed, by an optimizer of this class only.
+    for resumed_by in (written_by, AdamWScheduleFree):
+        model = tiny_model()
+        more = {"optimizers": (resumed_by(model.parameters()), None)}
+        trainer = tiny_trainer(tmp_path / "run", model=model, more=more, max_steps=7)
+        refused = pytest.raises(CheckpointError, match=f"written by {written_by.__name__}")
+        with contextlib.nullcontext() if resumed_by is written_by else refused:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+
+
+def test_an_optimizer_state_of_an_unknown_form_does_not_hide_the_weights(tmp_path):
+    """That of pytorch_optimizer's wrapper has a form of its own; the weights beside it are x, as the record says."""
+    model = tiny_model()
+    optimizer = pytorch_optimizer.ScheduleFreeWrapper(pytorch_optimizer.AdamP(model.parameters()))
+    trainer = tiny_trainer(tmp_path / "run", model=model, more={"optimizers": (optimizer, None)})
+    trainer.train()
+    contents = inspect_weights(tmp_path / "run/checkpoint-6")
+    assert (contents.weights, contents.complete, contents.distance) == ("x", True, None)
+    assert "form" in contents.note
+    export_averaged(tmp_path / "run/checkpoint-6", tmp_path / "out")
+    assert same(load_file(tmp_path / "out/model.safetensors"), weights_of(trainer))
+
+
+DAMAGED_STATES = {
+    "groups are numbers": lambda content: content.update(param_groups=[5]),
+    "no groups": lambda content: content.update(param_groups=[]),
+    "a state is a number": lambda content: content["state"].update({0: 5}),
+    "z is a number": lambda content: content["state"][0].update(z=5),
+    "numbers of parameters": lambda content: content["param_groups"][0].update(params=[[]]),
+    "no mode": lambda content: content["param_groups"][1].pop("train_mode"),
+    "a mode of two": lambda content: content["param_groups"][0].update(train_mode=torch.zeros(2)),
+    "beta": lambda content: content["param_groups"][0].update(betas=None),
+    "the step": lambda content: content["param_groups"][0].update(k="6"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_STATES)
+def test_damaged_states_are_reported_and_never_raise_anything_else(stock, tmp_path, damage):
+    run, _ = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "run/checkpoint-6")
+    path = tmp_path / "run/checkpoint-6/optimizer.pt"
+    content = torch.load(path, weights_only=True)
+    DAMAGED_STATES[damage](content)
+    torch.save(content, path)
+    with contextlib.suppress(CheckpointError):  # what it looks at may be whole
+        verify_checkpoint(path.parent)
+    find_committed(tmp_path / "run")
+    contents = inspect_weights(path.parent)
+    assert contents.note is not None or contents.weights is None
+    with pytest.raises(CheckpointError):
+        export_averaged(path.parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["a hole", "a number that is no integer"])
+def test_headers_that_safetensors_refuses_are_refused(stock, tmp_path, case):
+    run, _ = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint-6")
+    path = tmp_path / "checkpoint-6/model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    first = min((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"])
+    if case == "a hole":
+        first.update(shape=[0], data_offsets=[0, 0])
+    else:
+        first["data_offsets"][0] = 0.0
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    for act in (verify_checkpoint, inspect_weights, lambda folder: export_averaged(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+            act(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize("case", ["a value of another version", "code of its own", "no model", "no list"])
+def test_a_configuration_that_builds_no_model_is_not_needed(stock, tmp_path, case, monkeypatch):
+    """The values tell which state is whose. Code in a checkpoint is not run, nor is anybody asked about it."""
+    run, trainer = stock
+    shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint-6")
+    path = tmp_path / "checkpoint-6/config.json"
+    config = json.loads(path.read_text())
+    if case == "a value of another version":
+        config["hidden_act"] = {"name": "silu"}
+    elif case == "code of its own":
+        config.update(model_type="own", auto_map={"AutoConfig": "own.Config"})
+        (path.parent / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+        monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")
+    else:
+        config["architectures"] = ["logging"] if case == "no model" else {"0": "LlamaForCausalLM"}
+    asked = []
+    path.write_text(json.dumps(config))
+    export_averaged(path.parent, tmp_path / "out")
+    assert_rounded(load_file(tmp_path / "out/model.safetensors"), x_in_float64(trainer.model, trainer.optimizer))
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_tied_and_frozen_weights(tmp_path):

@@ -82,8 +82,11 @@ class SafetensorsWeights(Weights):
 
     def read(self, name: str) -> Tensor:
         path, key = self._files[name]
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return file.get_tensor(key)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path.name} is damaged: {error}") from error
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -196,9 +199,32 @@ def optimizer_from_state_dict(content: Mapping[str, Any], file_name: str) -> Opt
     """An `OptimizerState` from a `state_dict`, keyed by number (torch) or by parameter name (FSDP)."""
     groups, states = content.get("param_groups"), content.get("state")
     if not isinstance(groups, list) or not isinstance(states, Mapping):
-        raise CheckpointError(f"{file_name} holds no optimizer state")
+        raise CheckpointError(f"{file_name} holds no optimizer state in a form that is known here")
+    if not all(isinstance(each, Mapping) for each in (*groups, *states.values())):
+        raise CheckpointError(f"{file_name} holds no optimizer state in a form that is known here")
+    if any("train_mode" in group for group in groups) and not (all(map(_is_whole, groups)) and _are_tensors(states)):
+        raise CheckpointError(f"{file_name} is damaged: its values are not those of a schedule-free optimizer")
     keys = [list(group.get("params", ())) for group in groups]
     named = [list(group["param_names"]) for group in groups if "param_names" in group]
     if len(named) != len(groups):
         named = keys if all(isinstance(key, str) for group in keys for key in group) and any(keys) else None
     return OptimizerState(groups, [[states.get(key, {}) for key in group] for group in keys], named)
+
+
+def _is_whole(group: Mapping[str, Any]) -> bool:
+    """Whether what is read from a parameter group is there, each of its type."""
+    keys, named = group.get("params", ()), group.get("param_names", ())
+    betas = group.get("betas", (group.get("momentum", 0.0),))
+    return (
+        all(isinstance(values, list | tuple) for values in (keys, named, betas))
+        and all(isinstance(key, int | str) for key in (*keys, *named))
+        and len(betas) > 0
+        and isinstance(betas[0], float | int | Tensor)
+        and isinstance(group.get("train_mode", ""), bool | None)
+        and all(isinstance(group.get(name, 0), int) for name in ("k", "parked_k"))
+        and isinstance(group.get("parked_beta"), float | int | None)
+    )
+
+
+def _are_tensors(states: Mapping[Any, Mapping[str, Any]]) -> bool:
+    return all(isinstance(state.get(name, None), Tensor | None) for state in states.values() for name in ("z", "y"))

@@ -93,12 +93,12 @@ class _Source:
                 self._name_as_adapters(self.weights)
             return
         self.weights = open_weights(path)
-        optimizer = open_optimizer(path) if path.is_dir() else None
-        if optimizer is None or not optimizer.is_schedule_free:
-            return
-        self.has_optimizer = True
-        self._groups = optimizer.groups
         try:
+            optimizer = open_optimizer(path) if path.is_dir() else None
+            if optimizer is None or not optimizer.is_schedule_free:
+                return
+            self.has_optimizer = True
+            self._groups = optimizer.groups
             self.stored = match_states(self.folder, self.weights, optimizer, self.record)
         except CheckpointError as error:
             self.problem = str(error)
@@ -259,7 +259,7 @@ def export_averaged(
     source = _Source(source_path)
     weights, reason = source.shown()
     if weights is None:
-        raise CheckpointError(f"x cannot be found in {source_path}: {reason}")
+        raise CheckpointError(f"x cannot be found in {source_path}: {source.problem or reason}")
     if weights == "y" and not source.stored:
         raise CheckpointError(
             f"{source_path} holds y, and x cannot be computed: "

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +129,28 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         metadata = header.get("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata")
-        ends = [_tensor_end(entry) for tensor, entry in header.items() if tensor != "__metadata__"]
+        end = _end(entry for tensor, entry in header.items() if tensor != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name} is damaged: its header is not that of a safetensors file") from error
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + end
     if size != expected:
         raise CheckpointError(f"{name} has {size} bytes; its header asks for {expected}")
     return header
 
 
-def _tensor_end(entry: Mapping[str, Any]) -> int:
-    begin, end = entry["data_offsets"]
-    elements = 1
-    for length in entry["shape"]:
-        elements *= length
-    width = _DTYPE_BYTES.get(entry["dtype"])  # None: a type that is not known here (of less than a byte, ...)
-    if not 0 <= begin <= end or (width is not None and end - begin != elements * width):
-        raise ValueError("offsets")
-    return end
+def _end(entries: Iterable[Mapping[str, Any]]) -> int:
+    """Where the last tensor ends; each begins where the one before it ends, as safetensors demands."""
+    last = 0
+    for begin, end, shape, dtype in sorted(
+        (*entry["data_offsets"], entry["shape"], entry["dtype"]) for entry in entries
+    ):
+        if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+            raise ValueError("numbers")
+        width = _DTYPE_BYTES.get(dtype)  # None: a type that is not known here (of less than a byte, ...)
+        if begin != last or end < begin or (width is not None and end - begin != math.prod(shape) * width):
+            raise ValueError("offsets")
+        last = end
+    return last
 
 
 def torch_dtype(entry: Mapping[str, Any]) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Which optimizer state belongs to which tensor: optimizers number their parameters, weight files name them."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,14 +115,15 @@ def _layout_of_config(folder: Path) -> list[list[list[str]]] | None:
     if not (folder / "config.json").is_file():
         return None
     architectures = read_json(folder / "config.json").get("architectures") or [None]
-    model_class = getattr(transformers, str(architectures[0]), None)
-    if model_class is None:
+    name = architectures[0] if isinstance(architectures, list) else None
+    model_class = getattr(transformers, str(name), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = model_class(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError):
+    except Exception:  # whatever a configuration of another version, or a package that is not installed, leads to
         return None
     decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
     aliases: dict[int, list[str]] = {}

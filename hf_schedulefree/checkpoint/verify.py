@@ -115,8 +115,7 @@ def _verify_stock(folder: Path) -> VerifiedCheckpoint:
     _verify_weights(folder)
     optimizer_step = None
     if (folder / names.OPTIMIZER_FILE).exists():
-        groups = load_pickled(folder / names.OPTIMIZER_FILE).get("param_groups") or [{}]
-        optimizer_step = groups[0].get("k")
+        optimizer_step = _finished_steps(_first_group(load_pickled(folder / names.OPTIMIZER_FILE)))
     if (folder / names.SCHEDULER_FILE).exists():
         scheduler = load_pickled(folder / names.SCHEDULER_FILE)
         # Both advance with every step that was not skipped; a scheduler that follows a metric counts otherwise.
@@ -198,18 +197,31 @@ def optimizer_of_state(folder: str | os.PathLike[str]) -> str | None:
     if not path.is_file():
         return None
     content = load_pickled(path)
-    groups = content.get("param_groups") or [{}]
-    states = content.get("state") or {}
-    if "k" not in groups[0] or any("z" not in state for state in states.values()):
+    group, states = _first_group(content), content.get("state")
+    states = states.values() if isinstance(states, Mapping) else ()
+    if "train_mode" not in group or any(not isinstance(state, Mapping) or "z" not in state for state in states):
         return "another optimizer"
-    return schedule_free_class(groups[0])
+    return schedule_free_class(group)
 
 
 def schedule_free_class(group: Mapping[str, Any]) -> str:
     """The class of the schedule-free optimizer that a stored parameter group is of."""
-    if "momentum" in group and "betas" not in group:
-        return "SGDScheduleFree"
-    return "RAdamScheduleFree" if "silent_sgd_phase" in group else "AdamWScheduleFree"
+    if "prodigy_steps" in group:
+        return "ProdigyPlusScheduleFree"
+    sgd = "momentum" in group and "betas" not in group
+    kind = "SGD" if sgd else "RAdam" if "silent_sgd_phase" in group else "AdamW"
+    return f"{kind}ScheduleFree" if "k" in group else f"ScheduleFree{kind}"  # so pytorch_optimizer calls them
+
+
+def _first_group(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first parameter group in the state of an optimizer, of whatever kind; empty if it has none."""
+    groups = content.get("param_groups")
+    return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
+
+
+def _finished_steps(group: Mapping[str, Any]) -> int | None:
+    """What a schedule-free optimizer says of itself; None where it counts otherwise (prodigy-plus, from 1 on)."""
+    return group["k"] if type(group.get("k")) is int and "prodigy_steps" not in group else None
 
 
 def _check_archive(path: Path) -> None:
