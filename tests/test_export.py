@@ -27,6 +27,7 @@ from hf_schedulefree.checkpoint import (
     read_header,
     verify_checkpoint,
 )
+from hf_schedulefree.checkpoint.contents import open_weights
 from hf_schedulefree.optim import AdamWScheduleFree
 
 BETA = 0.9
@@ -305,6 +306,43 @@ def test_lora(tmp_path, ours):
     for name, value in trained.items():
         short = name.replace(".default", "").replace(".weight", "").replace(".modules_to_save", "")
         torch.testing.assert_close(wide[short], value, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("names", [("default", "other"), ("one", "other")])
+@pytest.mark.parametrize("active", ["both", "other"])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_several_adapters(tmp_path, names, active, dtype):
+    """`default` lies beside the folders of the others, under the same names of tensors."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config, adapter_name=names[0])
+    model.add_adapter(names[1], config)
+    model.base_model.set_adapter(list(names) if active == "both" else names[1])
+    trainer = tiny_trainer(tmp_path / "run", model=model)
+    trainer.train()
+    checkpoint = tmp_path / "run/checkpoint-6"
+    export_averaged(checkpoint, tmp_path / "out", dtype=dtype)
+    paths = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("adapter_model.safetensors"))
+    assert len(paths) == 2 and paths == sorted(
+        path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors")
+    )
+    for path in paths:
+        saved, written = load_file(checkpoint / path), load_file(tmp_path / "out" / path)
+        assert written.keys() == saved.keys()
+        assert all((written[name] - saved[name]).abs().max() < 1e-6 for name in saved)
+    assert inspect_weights(checkpoint).distance > 0
+    # Folders of checkpoints beside a saved adapter are no adapters.
+    trainer.save_model()
+    assert open_weights(tmp_path / "run").shapes == open_weights(checkpoint).shapes
+
+
+def test_weight_files_that_disagree_say_nothing(tmp_path):
+    for folder, said in ((".", "x"), ("other", "y")):
+        (tmp_path / "model" / folder).mkdir(parents=True)
+        metadata = {"format": "pt", "schedule_free.weights": said}
+        save_file({"weight": torch.ones(2)}, tmp_path / "model" / folder / "adapter_model.safetensors", metadata)
+    assert inspect_weights(tmp_path / "model").weights is None
+    with pytest.raises(CheckpointError, match="nothing says so"):
+        export_averaged(tmp_path / "model", tmp_path / "out")
 
 
 def test_ours_is_copied_bit_for_bit(tmp_path):

@@ -90,7 +90,8 @@ class SafetensorsWeights(Weights):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        return next((found for header in self._headers.values() if (found := names.schedule_free_metadata(header))), {})
+        found = [names.schedule_free_metadata(header) for header in self._headers.values()]
+        return found[0] if found and all(said.get("weights") == found[0].get("weights") for said in found) else {}
 
     @property
     def layout(self) -> Mapping[str, list[str]]:
@@ -156,6 +157,10 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         shards = sorted(set(names.read_index(path / names.PICKLED_MODEL_INDEX).values()))
         return PickledWeights([path / shard for shard in shards])
     if (path / names.PICKLED_ADAPTER_FILE).is_file():
+        if len(names.adapter_files(path, names.PICKLED_ADAPTER_FILE)) > 1:
+            raise CheckpointError(
+                f"{names.PICKLED_ADAPTER_FILE} of several adapters cannot be read, that of a single one can"
+            )
         return PickledWeights([path / names.PICKLED_ADAPTER_FILE], names.ADAPTER_FILE)
     raise CheckpointError(f"there are no weights in {path}")
 

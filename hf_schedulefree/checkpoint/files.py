@@ -11,7 +11,7 @@ from typing import Any
 import safetensors
 import torch
 
-from hf_schedulefree.checkpoint.record import CheckpointError
+from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError
 
 MODEL_FILE = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
@@ -170,23 +170,35 @@ def schedule_free_metadata(header: Mapping[str, Any]) -> dict[str, str]:
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files that hold a folder's weights: one, the shards of an index, or an adapter's.
+    """The safetensors files that hold a folder's weights: one, the shards of an index, or those of adapters.
 
     Raises:
         CheckpointError: an index is damaged or names a shard that is not there.
     """
     folder = Path(folder)
-    for name in (MODEL_FILE, ADAPTER_FILE):
-        if (folder / name).is_file():
-            return [folder / name]
+    if (folder / MODEL_FILE).is_file():
+        return [folder / MODEL_FILE]
+    adapters = adapter_files(folder, ADAPTER_FILE)
+    if folder / ADAPTER_FILE in adapters:
+        return adapters
     if (folder / MODEL_INDEX).is_file():
         shards = [folder / shard for shard in sorted(set(read_index(folder / MODEL_INDEX).values()))]
         for shard in shards:
             if not shard.is_file():
                 raise CheckpointError(f"{shard.name}, which {MODEL_INDEX} names, is missing")
         return shards
-    # Several adapters: each has a folder of its own.
-    return sorted(folder.glob(f"*/{ADAPTER_FILE}"))
+    return adapters
+
+
+def adapter_files(folder: Path, name: str) -> list[Path]:
+    """The files of a model's adapters, not of its checkpoints: each but `default` has a folder of its own."""
+    own = [folder / name] if (folder / name).is_file() else []
+    of_checkpoints = (RECORD_NAME, TRAINER_STATE, OPTIMIZER_FILE)
+    return own + [
+        path
+        for path in sorted(folder.glob(f"*/{name}"))
+        if not any((path.parent / other).exists() for other in of_checkpoints)
+    ]
 
 
 def read_index(path: Path) -> dict[str, str]:

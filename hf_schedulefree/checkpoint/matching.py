@@ -99,14 +99,16 @@ def tensors_of(weights: Weights, parameter: str) -> list[str]:
     if parameter in weights.shapes:
         return [parameter]
     parts = parameter.split(".")
+    folders = {tensor.partition("/")[0] for tensor in weights.shapes if "/" in tensor}
     found = []
     for position, adapter in enumerate(parts):
         shorter = [*parts[:position], *parts[position + 1 :]]
         without_wrapper = [part for part in shorter if part != "modules_to_save"]
         for candidate in (shorter, shorter[:-1], without_wrapper):
-            for tensor in (".".join(candidate), f"{adapter}/" + ".".join(candidate)):
-                if tensor in weights.shapes and tensor not in found:
-                    found.append(tensor)
+            # What lies outside of the adapter's own folder is another's.
+            tensor = ".".join(candidate) if adapter not in folders else f"{adapter}/" + ".".join(candidate)
+            if tensor in weights.shapes and tensor not in found:
+                found.append(tensor)
     return found[:1]
 
 
