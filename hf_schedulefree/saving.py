@@ -257,7 +257,7 @@ class CheckpointMixin:
             found, skipped = verify.find_committed(run_dir, need_optimizer=not self._fresh_optimizer)
             skipped_text = f"skipped: {'; '.join(skipped)}" if skipped else ""
             if found is None:
-                hint = " To go on from weights alone, call train(..., fresh_optimizer=True)." if skipped else ""
+                hint = f" {self._way_on_from_weights(None)}." if skipped else ""
                 raise CheckpointError(f"No valid checkpoint found in output directory ({run_dir}) {skipped_text}{hint}")
             self._refuse_of_another_engine(found)
             (logger.warning if skipped else logger.info)(f"Resuming from {found.folder}. {skipped_text}")
@@ -267,24 +267,47 @@ class CheckpointMixin:
         try:
             found = verify.verify_checkpoint(folder)
             if not found.has_optimizer_state and not self._fresh_optimizer:
+                _, optimizer_file = weights.files_to_resume_from(self.model, self.accelerator)
                 raise CheckpointError(
-                    f"{files.OPTIMIZER_FILE} is missing, as in a checkpoint of save_only_model. To go on from its "
-                    "weights with a new optimizer (x = y = z), call train(..., fresh_optimizer=True)"
+                    f"{optimizer_file} is missing, as in a checkpoint of save_only_model. "
+                    f"{self._way_on_from_weights(folder)}"
                 )
         except CheckpointError as error:
             raise CheckpointError(f"Cannot resume from {folder}: {error}. {_newest_beside(folder)}") from error
         self._refuse_of_another_engine(found)
         return found
 
+    def _way_on_from_weights(self, folder: Path | None) -> str:
+        """What to do with a checkpoint (None: with any) that has no optimizer state."""
+        model_file, _ = weights.files_to_resume_from(self.model, self.accelerator)
+        if model_file is None or (folder is not None and (folder / model_file).exists()):
+            return "To go on from its weights with a new optimizer (x = y = z), call train(..., fresh_optimizer=True)"
+        return (
+            "To go on from its weights with a new optimizer (x = y = z), load them by from_pretrained and call "
+            "train() without a checkpoint: FSDP and DeepSpeed read files of their own, and save_only_model writes none"
+        )
+
     def _refuse_of_another_engine(self, found: verify.VerifiedCheckpoint) -> None:
         """The Trainer would go on without the optimizer state that it does not find, or fail in one process only."""
+        record = found.record
+        if record is not None and not weights.resumes_on(self.args.world_size, record, self.accelerator):
+            raise CheckpointError(
+                f"Cannot resume from {found.folder}: it was written by {record.world_size} processes, and DeepSpeed "
+                f"resumes on the same number only; this run has {self.args.world_size}. Launch as many, or train anew "
+                "from its weights by loading them with from_pretrained."
+            )
         model_file, optimizer_file = weights.files_to_resume_from(self.model, self.accelerator)
         needed = [model_file] if model_file is not None else []
         if found.has_optimizer_state and not self._fresh_optimizer:
             needed.append(optimizer_file)
         missing = [name for name in needed if not (found.folder / name).exists()]
+        if missing and not found.has_optimizer_state:
+            raise CheckpointError(
+                f"Cannot resume from {found.folder}: it has no optimizer state. "
+                f"{self._way_on_from_weights(found.folder)}."
+            )
         if missing:
-            engine = found.record.engine if found.record is not None else None
+            engine = record.engine if record is not None else None
             raise CheckpointError(
                 f"Cannot resume from {found.folder}: there is no {missing[0]}, which this run would load. It was "
                 f"written by another engine ({engine or 'unknown'}) or with another state_dict_type: resume with "

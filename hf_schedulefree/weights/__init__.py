@@ -26,6 +26,7 @@ from hf_schedulefree.weights.engines import (
     engine_for,
     files_to_resume_from,
     optimizer_saves_allowed,
+    resumes_on,
     to_be_wrapped,
     unwrap_optimizer,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "only_data_loaded",
     "optimizer_saves_allowed",
     "refuse_unsupported",
+    "resumes_on",
     "shown",
     "switch_for",
     "there_and_back",

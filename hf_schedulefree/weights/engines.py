@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_schedulefree.checkpoint import files
+from hf_schedulefree.checkpoint.record import CheckpointFacts
 from hf_schedulefree.optim import sharding
 from hf_schedulefree.optim.switching import Park
 from hf_schedulefree.weights.gathering import Gathering
@@ -362,6 +363,23 @@ def files_to_resume_from(model: nn.Module | None, accelerator: Accelerator) -> t
     if _in_one_file(plugin):
         return files.FSDP_MODEL_FILE, files.FSDP_OPTIMIZER_FILE
     return files.FSDP_MODEL_FOLDER, files.FSDP_OPTIMIZER_FOLDER
+
+
+def resumes_on(processes: int, written: CheckpointFacts, accelerator: Accelerator) -> bool:
+    """Whether so many processes can load a checkpoint.
+
+    DeepSpeed's partitions are loaded by as many processes as wrote them, unless they were converted to its universal
+    format. It says so itself, but in ZeRO-3 not in all processes: those without a partition fail at once.
+
+    Args:
+        processes: how many this run has.
+        written: the facts about the checkpoint.
+        accelerator: the Trainer's.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or written.engine != "deepspeed":
+        return True
+    options = accelerator.state.deepspeed_plugin.deepspeed_config.get("checkpoint") or {}
+    return processes == written.world_size or bool(options.get("load_universal"))
 
 
 @contextlib.contextmanager

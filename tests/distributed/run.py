@@ -251,6 +251,28 @@ def elsewhere(lab):
     lab.keep_weights("elsewhere_x", trainer)
 
 
+def refused_elsewhere(lab):
+    """As `elsewhere`, in an engine that resumes on the same number of processes only."""
+    for fresh_optimizer in (False, True):
+        try:
+            lab.trainer("elsewhere").train(str(lab.folder / "trajectory/checkpoint-4"), fresh_optimizer=fresh_optimizer)
+        except ValueError as error:
+            lab.results.setdefault("refused_elsewhere", []).append(str(error))
+
+
+def weights_alone(lab):
+    """What is said of a checkpoint of `save_only_model`."""
+    lab.trainer("alone", save_strategy="steps", save_steps=4, save_only_model=True).train()
+    messages = []
+    for checkpoint in (True, str(lab.folder / "alone/checkpoint-4")):
+        for fresh_optimizer in (False, True):
+            try:
+                lab.trainer("alone").train(resume_from_checkpoint=checkpoint, fresh_optimizer=fresh_optimizer)
+            except ValueError as error:
+                messages.append(str(error))
+    lab.keep("weights_alone", messages)
+
+
 def best(lab):
     """The best model is that of an early step; it is loaded at the end, as x."""
 
@@ -551,6 +573,8 @@ PARTS = {
         resume,
         best,
         elsewhere,
+        refused_elsewhere,
+        weights_alone,
         refusals,
         callbacks,
         sigterm,

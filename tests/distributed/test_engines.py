@@ -230,6 +230,25 @@ def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
     assert largest_difference(left, arrived) < run.row.tolerance
 
 
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_on_another_number_of_processes_is_refused(engine, runs):
+    run = runs(engine)
+    (result,) = launch(engine, run.folder, ["refused_elsewhere"], 1)
+    assert len(result["refused_elsewhere"]) == 2
+    for message in result["refused_elsewhere"]:
+        assert "written by 2 processes" in message and "this run has 1" in message and "from_pretrained" in message
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2"])
+def test_what_is_said_of_a_checkpoint_of_weights_alone_can_be_done(engine, runs):
+    """These engines read weights from files that such a checkpoint has not, with a fresh optimizer, too."""
+    for result in runs(engine).with_part("weights_alone", "weights_alone"):
+        assert len(result["weights_alone"]) == 4
+        for message in result["weights_alone"]:
+            assert "fresh_optimizer" not in message and "another engine" not in message
+            assert "from_pretrained" in message
+
+
 @pytest.mark.parametrize("engine", with_slow([name for name in MATRIX if "bf16" not in name], FAILING))
 def test_a_process_that_cannot_write_ends_no_run(engine, runs):
     run = runs(engine)
