@@ -527,6 +527,21 @@ def test_a_copy_continues_alike():
     assert_same(tensors_of(*both), tensors_of(params, optimizer))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("state_precision", KEEPING)
+def test_a_negative_zero_without_a_state_is_not_another_weight(state_precision, dtype):
+    """As in pruned weights, w * mask."""
+    (p, *_), optimizer = make(dtype, state_precision)
+    take_steps([p], optimizer, range(5))
+    pruned = nn.Parameter(torch.tensor([1.0, -0.0, 0.0, -2.0], dtype=dtype))
+    optimizer.param_groups[0]["params"].append(pruned)
+    optimizer.eval()
+    optimizer.init_state()
+    assert not optimizer.weights_replaced()
+    optimizer.train()
+    assert optimizer.param_groups[0]["k"] == 5 and str(pruned[1].item()) == "-0.0"
+
+
 # Loading what was kept in another precision
 
 

@@ -129,7 +129,8 @@ def wide(y: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
     """
     y = sharding.local(y)
     if state and Y_LOW in state:
-        return join(y, sharding.local(state[Y_LOW]))
+        joined = join(y, sharding.local(state[Y_LOW]))
+        return torch.where(joined == 0, y.float(), joined) if y.dtype == torch.float16 else joined  # -0.0 is not 0.0
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
