@@ -31,9 +31,9 @@ def fused_(
     """One step in place over contiguous tensors, some elements at a time.
 
     x takes the place of y while torch's fused Adam moves z, without any temporary: its first moment is aliased to the
-    gradient, at beta1 = 0 it is the gradient, and is written back unchanged. Where d is the gradient, `foreach_` needs
-    a temporary of so many elements for weight decay, and else none. Not for half precision, which x would be rounded
-    to.
+    gradient, at beta1 = 0 it is the gradient, and is written back unchanged; but an infinity, which makes a NaN of z,
+    becomes one itself. Where d is the gradient, `foreach_` needs a temporary of so many elements for weight decay, and
+    else none. Not for half precision, which x would be rounded to.
     """
     step_ = _by_fused_adam_ if numbers.direction.normalizes else foreach_
     columns = [y, z, v, grads] if v else [y, z, grads]
