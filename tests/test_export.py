@@ -223,6 +223,62 @@ def test_damaged_states_are_reported_and_never_raise_anything_else(stock, tmp_pa
         export_averaged(path.parent, tmp_path / "out")
 
 
+def deepspeed_files(folder, group, rank=None, model=None):
+    """Files of ZeRO-2 as one process writes them, of one parameter `weight`; `rank` and `model` replace parts."""
+    states = {0: {"z": torch.zeros(6), "y": torch.ones(6)}}
+    content = {
+        "zero_stage": 2,
+        "partition_count": [1],
+        "single_partition_of_fp32_groups": [torch.arange(6.0)],
+        "base_optimizer_state": {"state": states, "param_groups": [{"params": [0], **group}]},
+        **(rank or {}),
+    }
+    module = {
+        "module": {"weight": torch.zeros(2, 3)},
+        "param_shapes": [{"weight": torch.Size([2, 3])}],
+        **(model or {}),
+    }
+    (folder / "global_step3").mkdir(parents=True)
+    (folder / "latest").write_text("global_step3")
+    torch.save({"optimizer_state_dict": content}, folder / "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save(module, folder / "global_step3/mp_rank_00_model_states.pt")
+
+
+OF_SCHEDULE_FREE = {"train_mode": False, "k": 3, "parked_k": 3, "betas": (0.9, 0.999)}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rank": {"single_partition_of_fp32_groups": [5]}},
+        {"rank": {"partition_count": []}},
+        {"rank": {"zero_stage": "two"}},
+        {"rank": {"base_optimizer_state": {"state": {}}}},
+        {"model": {"param_shapes": 5}},
+        {"model": {"param_shapes": [{"weight": torch.Size([2, 4])}]}},
+        {"model": {"module": [1]}},
+        {"group": {**OF_SCHEDULE_FREE, "betas": ()}},
+        {"group": {"train_mode": False, "k": 3}},
+    ],
+)
+def test_damaged_files_of_deepspeed_are_reported(tmp_path, changed):
+    deepspeed_files(tmp_path / "whole", OF_SCHEDULE_FREE)
+    export_averaged(tmp_path / "whole", tmp_path / "x")
+    assert torch.equal(load_file(tmp_path / "x/model.safetensors")["weight"], torch.arange(6.0).view(2, 3))
+    deepspeed_files(tmp_path / "damaged", **{"group": OF_SCHEDULE_FREE, **changed})
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_averaged(tmp_path / "damaged", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="damaged"):
+        inspect_weights(tmp_path / "damaged")
+
+
+def test_another_optimizer_under_deepspeed(tmp_path):
+    deepspeed_files(tmp_path / "adamw", {"betas": (0.9, 0.999), "lr": 0.1})
+    assert inspect_weights(tmp_path / "adamw").weights is None
+    with pytest.raises(CheckpointError, match="nothing says so"):
+        export_averaged(tmp_path / "adamw", tmp_path / "out")
+
+
 @pytest.mark.parametrize("case", ["a hole", "a number that is no integer"])
 def test_headers_that_safetensors_refuses_are_refused(stock, tmp_path, case):
     run, _ = stock

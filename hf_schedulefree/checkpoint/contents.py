@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,9 @@ class PickledWeights(Weights):
         self._layout_file = layout_file
         for path in paths:
             content = load_pickled(path)
-            self._tensors.update({name: value for name, value in content.items() if isinstance(value, Tensor)})
+            self._tensors.update(
+                {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+            )
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -207,8 +209,9 @@ def optimizer_from_state_dict(content: Mapping[str, Any], file_name: str) -> Opt
         raise CheckpointError(f"{file_name} holds no optimizer state in a form that is known here")
     if not all(isinstance(each, Mapping) for each in (*groups, *states.values())):
         raise CheckpointError(f"{file_name} holds no optimizer state in a form that is known here")
-    if any("train_mode" in group for group in groups) and not (all(map(_is_whole, groups)) and _are_tensors(states)):
-        raise CheckpointError(f"{file_name} is damaged: its values are not those of a schedule-free optimizer")
+    check_groups(groups, file_name)
+    if not all(isinstance(state.get(name), Tensor | None) for state in states.values() for name in ("z", "y")):
+        raise CheckpointError(f"{file_name} is damaged: its state is not that of a schedule-free optimizer")
     keys = [list(group.get("params", ())) for group in groups]
     named = [list(group["param_names"]) for group in groups if "param_names" in group]
     if len(named) != len(groups):
@@ -216,10 +219,20 @@ def optimizer_from_state_dict(content: Mapping[str, Any], file_name: str) -> Opt
     return OptimizerState(groups, [[states.get(key, {}) for key in group] for group in keys], named)
 
 
+def check_groups(groups: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Refuse parameter groups of a schedule-free optimizer that lack what is read from them.
+
+    Raises:
+        CheckpointError: one does; the message names `where`.
+    """
+    if any("train_mode" in group for group in groups) and not all(map(_is_whole, groups)):
+        raise CheckpointError(f"{where} is damaged: its groups are not those of a schedule-free optimizer")
+
+
 def _is_whole(group: Mapping[str, Any]) -> bool:
     """Whether what is read from a parameter group is there, each of its type."""
     keys, named = group.get("params", ()), group.get("param_names", ())
-    betas = group.get("betas", (group.get("momentum", 0.0),))
+    betas = group.get("betas", (group.get("momentum"),))
     return (
         all(isinstance(values, list | tuple) for values in (keys, named, betas))
         and all(isinstance(key, int | str) for key in (*keys, *named))
@@ -229,7 +242,3 @@ def _is_whole(group: Mapping[str, Any]) -> bool:
         and all(isinstance(group.get(name, 0), int) for name in ("k", "parked_k"))
         and isinstance(group.get("parked_beta"), float | int | None)
     )
-
-
-def _are_tensors(states: Mapping[Any, Mapping[str, Any]]) -> bool:
-    return all(isinstance(state.get(name, None), Tensor | None) for state in states.values() for name in ("z", "y"))

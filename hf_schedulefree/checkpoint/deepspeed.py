@@ -5,6 +5,7 @@ parameter evenly over the ranks and lays the parts of many parameters end to end
 boundaries. In both, the state tensors (z, y, ...) have the layout of the fp32 weights.
 """
 
+import contextlib
 import math
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_schedulefree.checkpoint import files as names
-from hf_schedulefree.checkpoint.contents import Stored, Weights
+from hf_schedulefree.checkpoint.contents import Stored, Weights, check_groups
 from hf_schedulefree.checkpoint.record import CheckpointError
 
 _SHOWN = "fp32 weights"  # not a state key
@@ -26,6 +27,19 @@ _SHOWN = "fp32 weights"  # not a state key
 def is_deepspeed_checkpoint(folder: Path) -> bool:
     """Whether a folder holds DeepSpeed's own files."""
     return bool(list(folder.glob("*/*_optim_states.pt")) or list(folder.glob("*_optim_states.pt")))
+
+
+@contextlib.contextmanager
+def _form_known() -> Iterator[None]:
+    """Within: what does not lie in the files as it is looked for there is a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"DeepSpeed's files are damaged, or of a form that is not known here ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _Shell:
@@ -57,6 +71,7 @@ class DeepSpeedCheckpoint(Weights):
         groups: the optimizer's parameter groups.
     """
 
+    @_form_known()
     def __init__(self, folder: Path):
         inner = self._inner_folder(folder)
         ranks = sorted(inner.glob("*_optim_states.pt"), key=lambda path: _rank(path.name))
@@ -77,12 +92,13 @@ class DeepSpeedCheckpoint(Weights):
         if not all(isinstance(state, dict) and "state" in state for state in self._states):
             raise CheckpointError(f"{inner.name} holds an optimizer state in a form that is not known here")
         self.groups: list[Mapping[str, Any]] = self._states[0]["param_groups"]
+        check_groups(self.groups, inner.name)
         self._places = self._place_parameters()
         module = self._model.get("module") or {}
         self._others = {
             name: tensor
             for name, tensor in module.items()
-            if isinstance(tensor, Tensor) and name not in self._places and self._stage != 3
+            if isinstance(name, str) and isinstance(tensor, Tensor) and name not in self._places and self._stage != 3
         }
         if self._stage == 3:
             buffers = self._model.get("buffer_names") or []
@@ -156,6 +172,7 @@ class DeepSpeedCheckpoint(Weights):
         states = self._states[rank]["state"]
         return [states[number][what] for number in sorted(states)]
 
+    @_form_known()
     def gather(self, name: str, what: str) -> Tensor:
         """One parameter (or a state tensor of it), from the parts of all ranks."""
         number, offset, shape = self._places[name]
@@ -174,6 +191,7 @@ class DeepSpeedCheckpoint(Weights):
         return torch.cat(parts).view(shape).detach()
 
     @cached_property
+    @_form_known()
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {
             **{name: place[2] for name, place in self._places.items()},
@@ -182,6 +200,7 @@ class DeepSpeedCheckpoint(Weights):
         }
 
     @cached_property
+    @_form_known()
     def dtypes(self) -> Mapping[str, torch.dtype]:
         return {
             **dict.fromkeys(self._places, self._dtype),
@@ -189,6 +208,7 @@ class DeepSpeedCheckpoint(Weights):
             **{name: parts[0].dtype for name, (_, parts) in self._frozen.items()},
         }
 
+    @_form_known()
     def read(self, name: str) -> Tensor:
         if name in self._frozen:
             shape, parts = self._frozen[name]
@@ -196,6 +216,7 @@ class DeepSpeedCheckpoint(Weights):
         return self.gather(name, _SHOWN) if name in self._places else self._others[name]
 
     @property
+    @_form_known()
     def stored(self) -> dict[str, Stored]:
         """Name -> optimizer state, for every trained parameter."""
         if not self.is_schedule_free:

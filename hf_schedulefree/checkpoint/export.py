@@ -87,8 +87,8 @@ class _Source:
         if path.is_dir() and is_deepspeed_checkpoint(path):
             self.weights = DeepSpeedCheckpoint(path)
             self.stored = self.weights.stored
-            self._groups = self.weights.groups
             self.has_optimizer = self.weights.is_schedule_free
+            self._groups = self.weights.groups if self.has_optimizer else []
             if (path / names.ADAPTER_FILE).is_file() or list(path.glob(f"*/{names.ADAPTER_FILE}")):
                 self._name_as_adapters(self.weights)
             return

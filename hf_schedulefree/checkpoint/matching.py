@@ -171,8 +171,8 @@ def _by_content(weights: Weights, optimizer: OptimizerState) -> dict[str, Stored
     unclear = len(states) - len(found)
     if unclear or len(set(found.values())) != len(found):
         raise CheckpointError(
-            f"{unclear} of {len(states)} optimizer states cannot be told apart: the checkpoint says neither the names "
-            "of their parameters nor (config.json) of which model of transformers they are"
+            f"{unclear} of {len(states)} optimizer states cannot be told apart: the checkpoint does not name their "
+            "parameters, and they are not those of all parameters of a model of transformers that config.json describes"
         )
     return {
         name: Stored(optimizer.entries[group][number], optimizer.groups[group])

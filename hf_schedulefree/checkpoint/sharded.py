@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from hf_schedulefree.checkpoint.contents import OptimizerState, Weights
+from hf_schedulefree.checkpoint.contents import OptimizerState, Weights, check_groups
 from hf_schedulefree.checkpoint.record import CheckpointError
 
 _SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -92,13 +92,13 @@ class _Folder:
 
     def read(self, key: str) -> Any:
         entry = self.entries[key]
-        value: Any = None
-        if isinstance(entry, TensorStorageMetadata):
-            value = torch.empty(entry.size, dtype=entry.properties.dtype)
-        loaded = {key: value}
         try:
+            value = None
+            if isinstance(entry, TensorStorageMetadata):
+                value = torch.empty(entry.size, dtype=entry.properties.dtype)
+            loaded = {key: value}
             dcp.load(loaded, storage_reader=self._reader, planner=_Planner(), no_dist=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        except (Exception, dcp.api.CheckpointException) as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{key} in {self.folder.name} cannot be read: {error}") from error
         return loaded[key]
 
@@ -153,7 +153,9 @@ def open_sharded_optimizer(folder: Path) -> OptimizerState:
     for key, entry in opened.entries.items():
         inner = key.removeprefix("optimizer.")
         if inner.startswith("param_groups."):
-            _, number, option = inner.split(".", 2)
+            number, _, option = inner.removeprefix("param_groups.").partition(".")
+            if not number.isdecimal():
+                raise CheckpointError(f"{folder.name}/.metadata is damaged: it names {key}")
             if isinstance(entry, BytesStorageMetadata):
                 groups.setdefault(int(number), {})[option] = opened.read(key)
             elif not option.startswith("params"):
@@ -162,5 +164,6 @@ def open_sharded_optimizer(folder: Path) -> OptimizerState:
             parameter, _, name = inner.removeprefix("state.").rpartition(".")
             states.setdefault(parameter, {})[name] = key
     ordered = [groups[number] for number in sorted(groups)]
+    check_groups(ordered, folder.name)
     names = [list(group.get("params", ())) for group in ordered]
     return OptimizerState(ordered, [[_State(opened, states.get(name, {})) for name in group] for group in names], names)

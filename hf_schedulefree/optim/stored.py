@@ -49,7 +49,7 @@ def read_sequences(state: Mapping[str, Tensor], group: Mapping[str, Any], shown:
     beta = stored_beta(group)
     if shows_y(group):
         y = precision.wide(shown, state).to(torch.float64)
-    elif "y" in state and group.get("parked_k", group["k"]) == group["k"]:
+    elif "y" in state and group.get("parked_k", group.get("k")) == group.get("k"):
         y = precision.wide(state["y"], state).to(torch.float64)
         beta = group.get("parked_beta") or beta
     else:
