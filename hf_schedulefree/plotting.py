@@ -77,9 +77,11 @@ def plot_runs(run_dirs: Sequence[str | os.PathLike], output: str | os.PathLike) 
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles[label] = handle  # the evaluation's, with its marker, where a run has both
-    figure.legend(
+    legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name is no formula
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     return output
@@ -118,7 +120,10 @@ def _log_history(folder: Path) -> list[dict[str, Any]]:
     for file in candidates:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            states.append((int(state["global_step"]), list(state["log_history"])))
+            history = list(state["log_history"])
+            if not all(isinstance(entry, dict) and isinstance(entry.get("step", 0), int | float) for entry in history):
+                raise TypeError("log_history")
+            states.append((int(state["global_step"]), history))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is no state of a Trainer ({type(error).__name__}: {error})") from error
     return max(states, key=lambda state: (state[0], len(state[1])))[1]
@@ -153,5 +158,6 @@ def _labels(folders: list[Path]) -> list[str]:
     for count in range(1, longest + 1):
         labels = ["/".join(part[-count:]) for part in parts]
         if len(set(labels)) == len(set(parts)):
-            return labels
+            # matplotlib takes what starts with an underscore for a name of its own, and leaves it out.
+            return [f" {label}" if label.startswith("_") else label for label in labels]
     return [str(folder) for folder in folders]

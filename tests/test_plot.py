@@ -102,6 +102,14 @@ def test_runs_of_one_name_are_labelled_by_their_folders(tmp_path, drawn):
     assert sorted(lines(drawn[0].axes[0])) == ["a/out", "b/out"]
 
 
+def test_every_folder_is_named_as_it_is_called(tmp_path, drawn):
+    """matplotlib leaves out what starts with an underscore, and reads what stands between dollar signs as a formula."""
+    names = ["_first", "lr$\\frac$", "a$b", "plain"]
+    plot_runs([write_run(tmp_path / name) for name in names], tmp_path / "curves.png")
+    (legend,) = drawn[0].legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+
+
 def test_without_evaluations_there_is_one_panel_and_several_sets_have_names(tmp_path, drawn):
     plot_runs([write_run(tmp_path / "a", evaluate=False)], tmp_path / "curves.png")
     assert len(drawn[0].axes) == 1
@@ -118,6 +126,8 @@ def test_without_evaluations_there_is_one_panel_and_several_sets_have_names(tmp_
         (None, "holds no trainer_state.json"),
         ("{", "is no state of a Trainer"),
         ('{"global_step": 3}', "log_history"),
+        ('{"global_step": 3, "log_history": [5]}', "log_history"),
+        ('{"global_step": 3, "log_history": [{"step": "a", "loss": 1}]}', "log_history"),
         ('{"global_step": 3, "log_history": []}', "No losses are logged"),
     ],
 )
