@@ -382,6 +382,21 @@ def test_what_callbacks_write_on_save_is_recorded(tmp_path):
     assert "notes.txt" in record.files and record.optimizer == "AdamWScheduleFree"
 
 
+def test_links_that_lead_nowhere_and_pipes_in_a_checkpoint_end_no_training(tmp_path):
+    class Leaves(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / "latest").symlink_to(folder / "nowhere")
+            os.mkfifo(folder / "pipe")
+            (folder / "notes.txt").touch()
+
+    trainer = tiny_trainer(tmp_path, more={"callbacks": [Leaves()]})
+    trainer.train()
+    assert trainer.state.global_step == 6
+    record = verify_checkpoint(tmp_path / "checkpoint-6").record
+    assert "notes.txt" in record.files and not {"latest", "pipe"} & record.files.keys()
+
+
 def test_an_exception_in_a_callback_leaves_the_newest_checkpoint_whole(tmp_path):
     class Fails(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

@@ -138,13 +138,16 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def files_in(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Every file below `folder` but the record: path inside the folder, with forward slashes -> path."""
+    """Every file below `folder` but the record: path inside the folder, with forward slashes -> path.
+
+    Links that lead nowhere, pipes and sockets are none: they have no content.
+    """
     folder = Path(folder)
     found = {}
     for directory, _, names in os.walk(folder):
         for name in names:
             path = Path(directory) / name
             inside = path.relative_to(folder).as_posix()
-            if inside != RECORD_NAME:
+            if inside != RECORD_NAME and path.is_file():
                 found[inside] = path
     return dict(sorted(found.items()))
