@@ -267,7 +267,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         # The way back to y may need more than the optimizer's state_dict; mostly there is nothing to write.
         engine, folder = self._engine, Path(output_dir)
         with sharded_write_errors():
-            if self._switch is None or not engine.save_states(folder, self.accelerator):
+            if self._switch is None or not engine.save_states(folder, self.accelerator, self.args.should_save):
                 super()._save_optimizer_and_scheduler(output_dir)
             elif self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -400,8 +400,22 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # training_args.bin is published with the weights; the Hub token must not be.
-        with hub.token_left_out(self.args):
+        with hub.token_left_out(self.args), self._writing_on_each_node():
             super()._save(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _writing_on_each_node(self) -> Iterator[None]:
+        """Within: with `save_on_each_node`, each node writes weights; transformers does in the main process only."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        of_a_node = self.args.save_on_each_node and self.args.should_save and not self.is_world_process_zero()
+        if self._switch is None or not of_a_node or not hasattr(model, "should_save_on_this_rank"):
+            yield
+            return
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            yield
+        finally:
+            del model.should_save_on_this_rank
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It writes training_args.bin once more, leaves card and named adapters out, and nobody looks how uploads end.

@@ -88,12 +88,13 @@ class Engine:
         """Within: the Trainer can load whole tensors into the model."""
         yield
 
-    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+    def save_states(self, folder: Path, accelerator: Accelerator, writes: bool) -> bool:
         """Save the optimizer's state and what goes with it, where the Trainer would not do it well.
 
         Args:
             folder: the checkpoint.
             accelerator: the Trainer's.
+            writes: whether this process writes what one process writes for all (or, one on each node, for its node).
 
         Returns:
             Whether that was done.
@@ -136,7 +137,7 @@ class FullyShardedEngine(Engine):
     def gathering_model(self, accelerator: Accelerator) -> Iterator[Gathering]:
         yield _gathering_of_shards(_sharded_state().get_model_state_dict(self.model))
 
-    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+    def save_states(self, folder: Path, accelerator: Accelerator, writes: bool) -> bool:
         # torch would not load a checkpoint without the state of what has had no gradient yet (an expert, a head).
         self.optimizer.init_state()
         # accelerate's files, written tensor by tensor: it would gather model and optimizer first, in the main process.
@@ -151,7 +152,7 @@ class FullyShardedEngine(Engine):
         for name, state in ((files.FSDP_MODEL_FILE, model), (files.FSDP_OPTIMIZER_FILE, optimizer)):
             gathering = _gathering_of_shards(state)
             with gathering.open():
-                if accelerator.is_main_process:
+                if writes:
                     write_pickled(folder / name, gathering.content)
         return True
 
@@ -200,7 +201,7 @@ class NativeFullyShardedEngine(FullyShardedEngine):
         finally:
             config.distributed_config = spread
 
-    def save_states(self, folder: Path, accelerator: Accelerator) -> bool:
+    def save_states(self, folder: Path, accelerator: Accelerator, writes: bool) -> bool:
         self.optimizer.init_state()  # as above
         state = _sharded_state().get_optimizer_state_dict(self.model, self.optimizer)
         distributed.checkpoint.save({"optimizer": state}, checkpoint_id=folder / files.FSDP_OPTIMIZER_FOLDER)

@@ -31,8 +31,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(engine, folder, parts, processes):
+def launch(engine, folder, parts, processes, nodes=1):
     """Start the worker once per process, as torchrun does, and wait for the results of all."""
+    of_a_node = processes // nodes
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
@@ -41,7 +42,7 @@ def launch(engine, folder, parts, processes):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(of_a_node),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
         "CUDA_VISIBLE_DEVICES": "",
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back at once: memory.py measures it
@@ -55,7 +56,7 @@ def launch(engine, folder, parts, processes):
             workers.append(
                 subprocess.Popen(
                     [sys.executable, str(HERE / "run.py"), engine, str(folder), *parts],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % of_a_node)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )

@@ -273,6 +273,16 @@ def weights_alone(lab):
     lab.keep("weights_alone", messages)
 
 
+def each_node(lab):
+    """With `save_on_each_node`; that the nodes have disks of their own is played by folders."""
+    options = {"dropout": True, "save_strategy": "steps", "save_steps": 4, "save_on_each_node": True}
+    trainer = lab.trainer(f"node_{os.environ['RANK']}", **options)
+    trainer.train()
+    trainer.save_model()
+    lab.keep("each_node", fingerprint(trainer))
+    lab.keep_weights("each_node_x", trainer)
+
+
 def best(lab):
     """The best model is that of an early step; it is loaded at the end, as x."""
 
@@ -575,6 +585,7 @@ PARTS = {
         elsewhere,
         refused_elsewhere,
         weights_alone,
+        each_node,
         refusals,
         callbacks,
         sigterm,

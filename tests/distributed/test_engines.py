@@ -230,6 +230,21 @@ def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
     assert largest_difference(left, arrived) < run.row.tolerance
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2-full"])
+def test_each_node_saves_whole_models(engine, tmp_path):
+    needs_its_engine(engine)
+    launch(engine, tmp_path, ["each_node"], 2, nodes=2)
+    x = torch.load(tmp_path / "each_node_x.pt", weights_only=True)
+    recorded = []
+    for node in ("node_0", "node_1"):
+        assert same_bits(load_file(tmp_path / node / "model.safetensors"), x)
+        assert same_bits(load_file(tmp_path / node / f"checkpoint-{STEPS}/model.safetensors"), x)
+        LlamaForCausalLM.from_pretrained(tmp_path / node)
+        names = read_record(tmp_path / node / f"checkpoint-{STEPS}").files
+        recorded.append({name for name in names if not name.startswith("rng_state_")})
+    assert recorded[0] == recorded[1]  # a resume reads what is on its node
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_deepspeed_on_another_number_of_processes_is_refused(engine, runs):
     run = runs(engine)
