@@ -112,6 +112,18 @@ both, either, merged = _in_32_bits("and_"), _in_32_bits("xor"), _in_32_bits("or_
 shift_left, shift_right, shift_right_signed = _in_32_bits("shl"), _in_32_bits("lshr"), _in_32_bits("ashr")
 
 
+@intrinsic
+def square_root(typing_context, value):
+    """As IEEE 754 has it. Before 0.66, numba calls the C library for what `numpy.sqrt` says, one element at a time."""
+
+    def generate(context, builder, signature, args):
+        kind = args[0].type
+        function = builder.module.declare_intrinsic("llvm.sqrt", [kind], ir.FunctionType(kind, [kind]))
+        return builder.call(function, args)
+
+    return value(value), generate
+
+
 @njit(inline="always")
 def bfloat16_to_float32(bits):
     return np.uint32(shift_left(bits, 16)).view(np.float32)

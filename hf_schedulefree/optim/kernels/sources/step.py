@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import numpy as np
 from numba import carray, njit
 
 from hf_schedulefree.optim.kernels.one_pass_cpu import NORMALIZE, NUMBERS, PLAIN
-from hf_schedulefree.optim.kernels.sources.elements import TYPES, pointer, rows_and_numbers, take_rows
+from hf_schedulefree.optim.kernels.sources.elements import TYPES, pointer, rows_and_numbers, square_root, take_rows
 
 
 @njit(inline="always")
@@ -22,7 +21,7 @@ def update(kind, y, z, v, g, plain):
     """One element of y, z and v (of any value where `kind` is PLAIN) after the step."""
     lr, a, c, weight_decay, beta2, rest2, scale, eps = plain
     v_next = v if kind == PLAIN else beta2 * v + rest2 * (g * g)
-    d = g / (np.sqrt(v_next * scale) + eps) if kind == NORMALIZE else g
+    d = g / (square_root(v_next * scale) + eps) if kind == NORMALIZE else g
     d = d + weight_decay * y
     return y + c * (z - y) + a * d, z - lr * d, v_next
 
