@@ -406,9 +406,9 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
     @contextlib.contextmanager
     def _writing_on_each_node(self) -> Iterator[None]:
         """Within: with `save_on_each_node`, each node writes weights; transformers does in the main process only."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         of_a_node = self.args.save_on_each_node and self.args.should_save and not self.is_world_process_zero()
-        if self._switch is None or not of_a_node or not hasattr(model, "should_save_on_this_rank"):
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False) if of_a_node else None
+        if self._switch is None or not hasattr(model, "should_save_on_this_rank"):
             yield
             return
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
