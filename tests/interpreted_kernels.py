@@ -195,7 +195,7 @@ def test_random_bits_follow_the_global_index(first, dtype, small_chunks):
     )
     wanted = precision.round_stochastically(wanted, dtype, precision.bits_for("z", bits))
     dense = DenseRow(row.p, row.state["y_low"], row.state["z"], None, first, row.key)
-    one_pass_cuda.prepare([dense])([row.grad.data_ptr()], numbers_for("sgd", k=5))
+    one_pass_cuda.prepare([dense])([[row.grad.data_ptr()]], numbers_for("sgd", k=5))
     assert torch.equal(row.state["z"][12:], wanted[12:])  # some of the first values are no numbers
 
 

@@ -34,7 +34,7 @@ SHAPES = [(7, 5), (), (1,), (0,), (1023,), (3, 1, 4), (64, 33), (2, 0, 3)]
 def by_kernel(kernel, y, z, v, grads, numbers):
     """One step by a compiled kernel."""
     ready = kernel([DenseRow(*row) for row in zip(y, [None] * len(y), z, v or [None] * len(y), strict=True)])
-    ready([grad.data_ptr() for grad in grads], numbers)
+    ready([[grad.data_ptr() for grad in grads]], numbers)
 
 
 def numba_step(*args):

@@ -473,7 +473,7 @@ def test_the_compiled_step_takes_random_bits_by_the_global_index(seed, first):
     bits = precision.random_bits(precision.rounding_key(seed, 5, 17), torch.arange(first, first + 301))
     wanted = precision.round_stochastically(wanted, torch.bfloat16, precision.bits_for("z", bits))
     row = DenseRow(y, torch.zeros(301, dtype=torch.int16), z, None, first, precision.RandomKey(seed, 17))
-    one_pass_half_cpu.prepare([row])([g.data_ptr()], StepNumbers(0.01, 0.9, 0.2, 0.0, directions.Direction(), k=5))
+    one_pass_half_cpu.prepare([row])([[g.data_ptr()]], StepNumbers(0.01, 0.9, 0.2, 0.0, directions.Direction(), k=5))
     assert torch.equal(z, wanted)
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from cases import CASES
 from torch import nn
 
 from hf_schedulefree.optim import AdamWScheduleFree, base, kernels, repeated
+from hf_schedulefree.optim.kernels import jobs, threads
 from hf_schedulefree.optim.repeated import RepeatedStep
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
@@ -41,6 +43,17 @@ class Run:
     def tensors(self):
         states = (self.optimizer.state[p] for p in [*self.params, self.extra] if p in self.optimizer.state)
         return [*self.params, self.extra, *(t for state in states for t in state.values())]
+
+
+@pytest.fixture(autouse=True)
+def overlapping(monkeypatch):
+    """Other threads begin when two tensors have been looked at, however small they are."""
+    monkeypatch.setattr(repeated, "_AT_ONCE", 2)
+    monkeypatch.setattr(jobs, "_ELEMENTS_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def nothing(run):
@@ -337,14 +350,15 @@ def test_a_tensor_that_was_changed_in_place_is_noticed(of, change, guards, rows)
 
 
 def of_all_groups(run):
-    """Whether the repeated step of each group takes what there is now; a step that does is made."""
+    """Whether the repeated step of each group takes all that there is now; a step that does is made."""
     optimizer = run.optimizer
     taken, first = [], 0
     for group in optimizer.param_groups:
         step = optimizer._repeated[id(group)]
         with torch.no_grad():
             numbers, _ = optimizer._step_numbers(group)
-            taken.append(step(group["params"], optimizer.state, step._choices._replace(first=first), numbers))
+            made = step(group["params"], optimizer.state, step._choices._replace(first=first), numbers)
+            taken.append(len(made.stepped) == step.count)
         first += len(group["params"])
     return taken
 
@@ -428,6 +442,146 @@ def test_sparse_gradients_are_refused_at_any_step():
     run.params[3].grad = run.params[3].grad.to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         run.optimizer.step()
+
+
+# Other threads work while the calling one looks at the tensors
+
+
+def twins(steps=3, **options):
+    """Two runs that are the same, after some steps."""
+    runs = Run(**options), Run(**options)
+    for run in runs:
+        for _ in range(steps):
+            run.step()
+    return runs
+
+
+def same(run, other):
+    counters = [[group["k"], group["weight_sum"]] for one in (run, other) for group in one.optimizer.param_groups]
+    return counters[:2] == counters[2:] and all(map(torch.equal, run.tensors(), other.tensors()))
+
+
+def looks(monkeypatch, at, action):
+    """Do something when so many gradients of a step have been looked at."""
+    count = 0
+
+    def gradient(p):
+        nonlocal count
+        count += 1
+        if count == at:
+            action()
+        return p.grad
+
+    monkeypatch.setattr(repeated, "_gradient", gradient)
+
+
+def step_groups(run, made):
+    """The step of those groups for which it was not made yet."""
+    first = 0
+    for group, is_made in zip(run.optimizer.param_groups, made, strict=True):
+        if not is_made:
+            with torch.no_grad():
+                run.optimizer._step_group(group, first)
+        first += len(group["params"])
+    run.count = 4
+
+
+@pytest.mark.parametrize("at", range(1, len(SHAPES) + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_interrupted_in_the_middle_is_made_as_a_whole(dtype, at, compiler, monkeypatch):
+    """Nothing or all of a group, whenever Ctrl-C comes; what follows is as if it had not come."""
+    run, other = twins(dtype=dtype)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        looks(patch, at, interrupt)
+        run.step()
+    if kernels.one_pass_kernel("cpu") is not None:
+        made = [at > 2, at > 4]  # the first one of the second group has no elements
+    else:
+        made = [at > 4 or dtype == torch.bfloat16, False]  # that is not repeated by torch's operations, but looked at
+        made[1] = made[0] and at > 4 and dtype == torch.bfloat16
+    assert [group["k"] for group in run.optimizer.param_groups] == [3 + one for one in made]
+    step_groups(run, made)
+    other.step()
+    assert same(run, other)
+    for one in (run, other):
+        one.step()
+    assert same(run, other)
+
+
+@pytest.mark.parametrize("interrupted", ["begin", "function", "end"])
+@needs_numba
+def test_whatever_is_interrupted_all_threads_end(interrupted, monkeypatch):
+    """As Python does it: the exception is raised when the C function has returned."""
+    run, other = twins()
+    calls = []
+
+    def after(name, call):
+        def called(*args):
+            call(*args)
+            calls.append(name)
+            if name == interrupted and calls.count(name) == 1:
+                raise KeyboardInterrupt
+
+        return called
+
+    function, region = threads._function, threads._openmp_region()
+    if region is None:
+        pytest.skip("torch's OpenMP cannot be called here")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(jobs.Job, "_is_left", lambda self: False)  # though this machine may be a busy one
+        patch.setattr(threads, "_function", lambda address: after("function", function(address)))
+        patch.setattr(threads, "_openmp_region", lambda: tuple(map(after, ("begin", "end"), region)))
+        run.step()
+    assert calls.count("begin") == calls.count("end") == 1
+    step_groups(run, [interrupted != "begin", False])
+    other.step()
+    assert same(run, other)
+
+
+@needs_numba
+@pytest.mark.parametrize("at", [1, 3, 4, 8])
+def test_threads_that_have_waited_too_long_are_called_again(at, monkeypatch):
+    run, other = twins()
+    begun, parallel = [], threads.run
+
+    def counted(work, argument, count):
+        begun.append(count)
+        parallel(work, argument, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "run", counted)
+        looks(patch, at, lambda: time.sleep(0.3))
+        run.step()
+    other.step()
+    assert same(run, other)
+    if threads._openmp_region() is not None:
+        assert 3 in begun
+
+
+@needs_numba
+def test_without_a_region_the_same(monkeypatch):
+    run, other = twins()
+    monkeypatch.setattr(threads, "_openmp_region", lambda: None)
+    run.step()
+    monkeypatch.undo()
+    other.step()
+    assert same(run, other)
+
+
+@needs_numba
+def test_a_change_in_the_middle_leaves_what_was_stepped_alone(rows):
+    run, other = twins()
+    assert len(rows) == 4
+    for one in (run, other):
+        one.params[3].data = one.params[3].data.clone()
+    run.step()
+    other.optimizer._repeated.clear()
+    other.step()
+    assert same(run, other) and len(rows) == 7
 
 
 def test_state_that_was_moved_elsewhere_is_freed():

@@ -30,7 +30,7 @@ from hf_schedulefree.optim.option_ranges import check_options
 from hf_schedulefree.optim.parts import GroupParts
 from hf_schedulefree.optim.precision import RandomKey, Storage
 from hf_schedulefree.optim.precision_step import HalfRow
-from hf_schedulefree.optim.repeated import Choices, RepeatedStep
+from hf_schedulefree.optim.repeated import Choices, Made, RepeatedStep
 from hf_schedulefree.optim.switching import PARKS, Park, Residuals
 
 logger = logging.getLogger(__name__)
@@ -390,11 +390,16 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             self.implementation, group["state_precision"], group["rounding_seed"], group["capturable"], first
         )
         repeated = self._repeated.get(id(group))
-        if repeated is None or not repeated(params, self.state, choices, numbers):
+        stepped, interruption = Made() if repeated is None else repeated(params, self.state, choices, numbers)
+        is_repeated = repeated is not None and len(stepped) == repeated.count
+        if not is_repeated:
             self._convert_state(group, self._started(group))
-            self._step_rows(group, first, numbers)
-            self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
+            self._step_rows(group, first, numbers, stepped)
         capturable.set_counters(group, counters)  # only now: a step that could not be made does not count
+        if not is_repeated:
+            self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
+        if interruption is not None:
+            raise interruption
 
     def _step_numbers(self, group: dict[str, Any]) -> tuple[StepNumbers, dict[str, Scalar]]:
         """The numbers of the group's next step, which its counters take part in; and the counters after it."""
@@ -406,14 +411,20 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
         counters = {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max, "scheduled_lr": lr}
         return StepNumbers(lr, self._beta(group), c, group["weight_decay"], self._direction(group), k), counters
 
-    def _step_rows(self, group: dict[str, Any], first: int, numbers: StepNumbers) -> None:
-        """The step of a group whose tensors may be of any kind; the state of some may still be missing."""
+    def _step_rows(
+        self, group: dict[str, Any], first: int, numbers: StepNumbers, stepped: Sequence[Tensor] = ()
+    ) -> None:
+        """The step of a group whose tensors may be of any kind; the state of some may still be missing.
+
+        Those that were `stepped` already are left out.
+        """
+        made = set(map(id, stepped))
         rows: list[kernels.Row] = []
         half_rows: list[HalfRow] = []
         uses_v = numbers.direction.beta2 is not None
         for position, p in enumerate(group["params"], start=first):
             grad = p.grad
-            if grad is None:
+            if grad is None or id(p) in made:
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")

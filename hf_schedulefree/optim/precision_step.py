@@ -52,7 +52,7 @@ def step_(rows: Sequence[HalfRow], numbers: StepNumbers, implementation: Impleme
         kernel = kernels.kernel_for(device, dtype)
         if kernel is not None:
             ready = kernel([tensors for _, tensors, _ in bucket])
-            ready([grad.data_ptr() for *_, grad in bucket], numbers.on(device))
+            ready([[grad.data_ptr() for *_, grad in bucket]], numbers.on(device))
         else:
             for row, *_ in bucket:
                 _step_in_slices(row, numbers)

@@ -1,10 +1,11 @@
 """The step over the tensors of the step before: what was found out about them is not asked again.
 
 A model's hundreds of tensors stay where they are from step to step, but for the gradients. To look at each of them
-takes longer than all arithmetic of a small model's step; to see that they are the same ones takes a part of that.
+takes longer than all arithmetic of a small model's step; to see that they are the same ones takes a part of that. On
+CPU other threads make the step of the first tensors meanwhile.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ except (ImportError, AttributeError, TypeError, RuntimeError):  # it is not publ
     TensorGuards = None
 
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
+
+# So many tensors are looked at before others may step them: few, as those threads wait for the first ones, and many
+# enough for the calls that it takes.
+_AT_ONCE = 12
 
 # A group's states are found by their order if all states are at most so many times as many.
 _MANY = 8
@@ -63,6 +68,26 @@ class Kinds:
 _FACTS = (type, _dtype, Tensor.get_device, Tensor.numel, Tensor.is_contiguous, kernels.is_in_memory)
 
 
+class Made(NamedTuple):
+    """What has come of a step.
+
+    Args:
+        stepped: the parameters that it was made for.
+        interruption: what was raised when it was made for some.
+    """
+
+    stepped: Sequence[Tensor] = ()
+    interruption: BaseException | None = None
+
+
+class _Part(NamedTuple):
+    """Some of the tensors, as they were."""
+
+    place: slice  # among the parameters with a gradient
+    kinds: Kinds  # of the parameters, of each of their states, of the gradients
+    addresses: list[int]  # but for those of the gradients
+
+
 class RepeatedStep:
     """The step of a group whose tensors are all plain and alike, as one call; `of` makes it.
 
@@ -80,18 +105,24 @@ class RepeatedStep:
     ):
         self._choices, self._kernel, self._step = choices, kernel, step
         self._params, self._y = list(params), columns["y"]
+        self.count = len(self._y)  # of the parameters that it is made for
         self._resting = [p for p in params if p.grad is None]
         self._dtype, self._device = self._y[0].dtype, self._y[0].device
-        self._keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
-        tensors = list(chain.from_iterable(columns.values()))
+        keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
+        self._values = list(map(itemgetter, keys))
         # Where the states lie among all, unless these are few of them: to look each of them up takes longer, as torch
         # computes hashes in Python.
         self._places = None
         if len(states) <= _MANY * len(self._y):
             order = {id(p): place for place, p in enumerate(states)}
             self._places = _items([order[id(p)] for p in self._y])
-        self._kinds = Kinds(tensors)
-        self._addresses = list(map(Tensor.data_ptr, tensors[: -len(self._y)]))
+        at_once = _AT_ONCE if step is not None and self._device.type == "cpu" else len(self._y)
+        self._parts = []
+        for first in range(0, len(self._y), at_once):
+            place = slice(first, first + at_once)
+            kept = list(chain.from_iterable(columns[key][place] for key in ("y", *keys)))
+            kinds = Kinds(kept + columns["grad"][place])
+            self._parts.append(_Part(place, kinds, list(map(Tensor.data_ptr, kept))))
 
     @classmethod
     def of(cls, params: Sequence[Tensor], states: States, choices: Choices, *, compiled: bool) -> "RepeatedStep | None":
@@ -131,35 +162,55 @@ class RepeatedStep:
         rows = map(DenseRow, y, y_low or nothing, z, v or nothing, [0] * len(y), keys)
         return cls(params, states, columns, choices, kernel, kernel(list(rows)))
 
-    def __call__(self, params: Sequence[Tensor], states: States, choices: Choices, numbers: StepNumbers) -> bool:
-        """Make the step in place, if it is the one for this group as it is now; returns whether it was made.
+    def __call__(self, params: Sequence[Tensor], states: States, choices: Choices, numbers: StepNumbers) -> Made:
+        """Make the step in place, for the first parameters for which it is the one, as the group is now.
 
         It is if the parameters are the same objects, and all tensors of the kinds and in the places they were: but for
         the gradients, which may be in others.
         """
         if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
-            return False
+            return Made()
         try:
             if self._places is None:
                 own = list(map(states.get, self._y))
             elif _are_same(self._places(list(states)), self._y):
                 own = self._places(list(states.values()))
             else:
-                return False
-            state = [list(map(itemgetter(key), own)) for key in self._keys]
-        except (IndexError, KeyError, TypeError):  # fewer states; a state without this; no state
-            return False
-        kept, grads = list(chain(self._y, *state)), list(map(_gradient, self._y))
-        if not self._kinds.are_those_of(kept + grads) or list(map(Tensor.data_ptr, kept)) != self._addresses:
-            return False
+                return Made()
+        except IndexError:  # fewer states
+            return Made()
         if self._step is None:
-            z, *v = state
-            torch_ops.fused_(self._y, z, v[0] if v else [], grads, numbers.on(self._device))
-        elif kernels.kernel_for(self._device, self._dtype) is self._kernel:
-            self._step(list(map(Tensor.data_ptr, grads)), numbers.on(self._device))
-        else:
-            return False
-        return True
+            found = next(self._looked_at(own), None)  # all are one part
+            if found is None:
+                return Made()
+            gradients, kept = found
+            _, z, *v = (kept[first : first + self.count] for first in range(0, len(kept), self.count))
+            torch_ops.fused_(self._y, z, v[0] if v else [], gradients, numbers.on(self._device))
+            return Made(self._y)
+        if kernels.kernel_for(self._device, self._dtype) is not self._kernel:
+            return Made()
+        numbers, interruption = numbers.on(self._device), None
+        try:
+            self._step((list(map(Tensor.data_ptr, gradients)) for gradients, _ in self._looked_at(own)), numbers)
+        except BaseException as error:
+            interruption = error
+        stepped = self._y[: self._step.stepped(numbers)]
+        if interruption is not None and not stepped:
+            raise interruption
+        return Made(stepped, interruption)
+
+    def _looked_at(self, states: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Part by part, the gradients and the other tensors; until one is not as it was."""
+        for place, kinds, addresses in self._parts:
+            y, own = self._y[place], states[place]
+            try:
+                kept = list(chain(y, *(map(value, own) for value in self._values)))
+            except (KeyError, TypeError):  # a state without this; no state
+                return
+            gradients = list(map(_gradient, y))
+            if not kinds.are_those_of(kept + gradients) or list(map(Tensor.data_ptr, kept)) != addresses:
+                return
+            yield gradients, kept
 
 
 def _columns(params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:

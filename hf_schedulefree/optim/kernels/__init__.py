@@ -90,7 +90,7 @@ def _fused(rows: Sequence[Row], numbers: StepNumbers, compiled: bool) -> None:
         kernel = kernel_for(device, dtype) if compiled or device.type != "cpu" else None
         if kernel is not None:
             ready = kernel([DenseRow(y, None, z, v) for y, z, v, _ in bucket])
-            ready([grad.data_ptr() for *_, grad in bucket], numbers.on(device))
+            ready([[grad.data_ptr() for *_, grad in bucket]], numbers.on(device))
         elif dtype in FUSED_DTYPES and numbers.on(device).are_plain:
             torch_ops.fused_(*_columns(bucket), numbers.on(device))
         else:

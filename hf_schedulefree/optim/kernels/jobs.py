@@ -4,6 +4,7 @@ A kernel is a C function `worker(job)`, called once by each thread. It takes som
 addresses, each a block of a tensor, until nothing is left: a thread that the machine gives less time takes fewer.
 """
 
+import bisect
 import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 from hf_schedulefree.optim.kernels import threads
 
 # What a worker is told, as int64: the next row (shared by all threads), rows in all, how many are taken at once, the
-# addresses of the table and of the plain numbers, what the workers count, what else they need.
-NEXT, ROWS, AT_ONCE, TABLE, NUMBERS, COUNTED, EXTRA = range(7)
-SLOTS = 7
+# addresses of the table and of the plain numbers, what the workers count, what else they need, how many rows are ready,
+# how many threads have left as no more of them came.
+NEXT, ROWS, AT_ONCE, TABLE, NUMBERS, COUNTED, EXTRA, READY, LEFT = range(9)
+SLOTS = 9
 
 # Bytes that processors move at a time.
 CACHE_LINE = 64
@@ -45,14 +47,15 @@ class Blocks:
             share = int(in_all.sum()) // (torch.get_num_threads() * _BLOCKS_PER_THREAD)
             largest = min(max(share // _SMALLEST_BLOCK, 1) * _SMALLEST_BLOCK, _LARGEST_BLOCK)
         counts = -(-in_all // largest)
-        self._owner = np.repeat(np.arange(len(in_all)), counts)
-        index = np.arange(len(self._owner)) - self.of(np.cumsum(counts) - counts)
+        self.owner = np.repeat(np.arange(len(in_all)), counts)
+        self.ends = [0, *np.cumsum(counts).tolist()]  # the blocks of so many tensors
+        index = np.arange(len(self.owner)) - self.of(self.ends[:-1])
         self.first = index * largest
         self.elements = np.minimum(self.of(in_all) - self.first, largest)
 
     def of(self, values: Sequence[int] | np.ndarray) -> np.ndarray:
         """A whole number per tensor -> per block."""
-        return np.asarray(values, np.int64)[self._owner]
+        return np.asarray(values, np.int64)[self.owner]
 
     def addresses(self, tensors: Sequence[Tensor]) -> np.ndarray:
         """Where the blocks of contiguous tensors of one dtype begin."""
@@ -86,7 +89,15 @@ class Job:
         self._places = table.ctypes.data, ctypes.addressof(self._numbers)
         self._argument = ctypes.addressof(self._slots)
 
-    def run(self, work: "threads.Work", numbers: Sequence[float], *, counted: int = 0, extra: int = 0) -> int:
+    def run(
+        self,
+        work: "threads.Work",
+        numbers: Sequence[float],
+        *,
+        counted: int = 0,
+        extra: int = 0,
+        ready: Iterable[int] | None = None,
+    ) -> int:
         """Do it.
 
         Args:
@@ -94,6 +105,8 @@ class Job:
             numbers: what is the same for all rows.
             counted: where to begin to count.
             extra: an address for the workers.
+            ready: how many rows are written, again and again as they become more; other threads work on these
+                meanwhile, and the rest is left alone. None: all are.
 
         Returns:
             What the workers have counted.
@@ -102,9 +115,32 @@ class Job:
         rows = len(self.table)
         self._numbers[:] = numbers
         at_once = rows if count == 1 else min(self._at_once, max(1, rows // (count * _BLOCKS_PER_THREAD)))
-        self._slots[:] = (0, rows, at_once, *self._places, counted, extra)
-        threads.run(work, self._argument, count)
+        self._slots[:] = (0, rows, at_once, *self._places, counted, extra, rows if ready is None else 0, 0)
+        if ready is None:
+            threads.run(work, self._argument, count)
+        else:
+            threads.run_meanwhile(work, self._argument, count, lambda: self._write(ready), self._is_left)
         return self._slots[COUNTED]
+
+    def _write(self, ready: Iterable[int]) -> None:
+        slots = self._slots
+        try:
+            for rows in ready:
+                slots[READY] = rows  # after what was written to the table, as x86 keeps the order
+        finally:
+            slots[ROWS] = slots[READY]
+
+    def _is_left(self) -> bool:
+        return self._slots[LEFT] > 0
+
+    @property
+    def done(self) -> int:
+        """How many rows the last run has worked on, also if it was interrupted."""
+        return self._slots[READY]
+
+    def forget(self) -> None:
+        """Have no row `done` until the next run."""
+        self._slots[READY] = 0
 
 
 class Column:
@@ -113,14 +149,29 @@ class Column:
     def __init__(self, job: Job, index: int, blocks: Blocks, element_size: int):
         self._job, self._index, self._blocks = job, index, blocks
         self._offsets = blocks.first * element_size
-        self._shown: Sequence[int] = ()
+        self._shown: dict[int, Sequence[int]] = {}  # by the first tensor
 
-    def show(self, addresses: Sequence[int]) -> None:
-        """Put those of contiguous tensors of one dtype there."""
-        if addresses != self._shown:
-            self._shown = ()  # if this is interrupted, it is not known what is there
-            self._job.table[:, self._index] = self._blocks.of(addresses) + self._offsets
-            self._shown = addresses
+    def show(self, first: int, addresses: Sequence[int]) -> int:
+        """Put those of some contiguous tensors of one dtype there.
+
+        Args:
+            first: the tensors before these.
+            addresses: of the tensors.
+
+        Returns:
+            The rows of all tensors until the last of these.
+        """
+        begin, end = self._blocks.ends[first], self._blocks.ends[first + len(addresses)]
+        if addresses != self._shown.get(first):
+            self._shown.pop(first, None)  # if this is interrupted, it is not known what is there
+            own = self._blocks.owner[begin:end] - first
+            self._job.table[begin:end, self._index] = np.array(addresses, np.int64)[own] + self._offsets[begin:end]
+            self._shown[first] = addresses
+        return end
+
+    def tensors(self, rows: int) -> int:
+        """How many tensors have all their rows among the first so many."""
+        return bisect.bisect_right(self._blocks.ends, rows) - 1
 
 
 def run_row(work: "threads.Work", row: tuple[int, ...], number: float) -> None:
@@ -130,7 +181,7 @@ def run_row(work: "threads.Work", row: tuple[int, ...], number: float) -> None:
     """
     job = (ctypes.c_int64 * (SLOTS + 1 + len(row)))()
     place = ctypes.addressof(job)
-    job[ROWS] = job[AT_ONCE] = 1
+    job[ROWS] = job[READY] = job[AT_ONCE] = 1
     job[NUMBERS], job[TABLE] = place + 8 * SLOTS, place + 8 * (SLOTS + 1)
     ctypes.c_double.from_address(job[NUMBERS]).value = number
     job[SLOTS + 1 :] = row

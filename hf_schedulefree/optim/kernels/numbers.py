@@ -1,7 +1,7 @@
 """The plain numbers of one step, and what a compiled kernel is given."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,10 +78,28 @@ class DenseRow(NamedTuple):
     key: RandomKey | None = None
 
 
-# A step that is ready to be made again and again, in place, over the tensors that it was made for: it is called with
-# the addresses of their gradients (contiguous, of their dtype, device and sizes) and the numbers. It keeps no tensor
-# but the parameters.
-ReadyStep = Callable[[Sequence[int], StepNumbers], None]
+class ReadyStep(Protocol):
+    """A step that is ready to be made again and again, in place, over the tensors that it was made for.
+
+    It keeps no tensor but the parameters.
+    """
+
+    def __call__(self, batches: Iterable[Sequence[int]], numbers: StepNumbers) -> None:
+        """Make it.
+
+        Args:
+            batches: the addresses of the gradients (contiguous, of their dtype, device and sizes) of the first tensors,
+                of the next ones ..., always in the same batches. It may be made for some while the next are asked for.
+                If they end early, it is made for those, or for none.
+            numbers: of the step.
+        """
+
+    def stepped(self, numbers: StepNumbers) -> int:
+        """For how many tensors, from the first, the step with these numbers (the same object) was made.
+
+        That is of interest where it was interrupted.
+        """
+
 
 # A compiled kernel: makes such a step for rows of one device whose tensors have the same dtypes.
 Kernel = Callable[[Sequence[DenseRow]], ReadyStep]

@@ -8,12 +8,14 @@ on alignment, or on how parameters are split between processes.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from hf_schedulefree.optim.kernels import jobs
 from hf_schedulefree.optim.kernels.numbers import DenseRow, ReadyStep, StepNumbers
+from hf_schedulefree.optim.kernels.threads import Work
 from hf_schedulefree.optim.kernels.workers import dtype_name, worker
 
 # How many numbers a step needs: see `numbers_of`.
@@ -32,13 +34,48 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     # A tensor that there is not is never touched; any address will do.
     job = blocks.job((y, z, y if v[0] is None else v, y), NUMBERS)
     gradients, dtype = jobs.Column(job, 3, blocks, y[0].element_size()), dtype_name(y[0])
+    return OnePass(y, job, gradients, lambda numbers: worker("step.step", dtype, kind_of(numbers)), numbers_of)
 
-    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
-        gradients.show(grads)
-        job.run(worker("step.step", dtype, kind_of(numbers)), numbers_of(numbers))
-        torch.autograd.graph.increment_version(y)  # autograd must notice, as it does for torch's own operations
 
-    return step_
+class OnePass:
+    """A `numbers.ReadyStep`: of the first tensors, while the addresses of the next gradients are asked for.
+
+    Args:
+        y: the parameters.
+        job: its table has the blocks of all tensors.
+        gradients: the column of that table which changes.
+        worker_for: what works on a step with such numbers.
+        numbers_for: what it is told of them.
+    """
+
+    def __init__(
+        self,
+        y: Sequence[Tensor],
+        job: jobs.Job,
+        gradients: jobs.Column,
+        worker_for: Callable[[StepNumbers], Work],
+        numbers_for: Callable[[StepNumbers], Sequence[float]],
+    ):
+        self._y, self._job, self._gradients = y, job, gradients
+        self._worker_for, self._numbers_for = worker_for, numbers_for
+        self._latest: StepNumbers | None = None
+
+    def __call__(self, batches: Iterable[Sequence[int]], numbers: StepNumbers) -> None:
+        work, plain = self._worker_for(numbers), self._numbers_for(numbers)
+        self._job.forget()
+        self._latest = numbers
+        self._job.run(work, plain, ready=self._rows(batches))
+
+    def _rows(self, batches: Iterable[Sequence[int]]) -> Iterator[int]:
+        first = 0
+        for addresses in batches:
+            rows, last = self._gradients.show(first, addresses), first + len(addresses)
+            torch.autograd.graph.increment_version(self._y[first:last])  # as torch's own operations do, for autograd
+            yield rows
+            first = last
+
+    def stepped(self, numbers: StepNumbers) -> int:
+        return self._gradients.tensors(self._job.done) if numbers is self._latest else 0
 
 
 def kind_of(numbers: StepNumbers) -> int:

@@ -5,11 +5,12 @@ device memory: nothing is compiled again when they change, and a captured launch
 """
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def runs() -> bool:
         return False  # under TRITON_INTERPRET=1 the kernel would read a GPU's addresses from the CPU
     try:
         y, z, gradient = torch.zeros(3, 1, device="cuda").unbind()
-        prepare([DenseRow(y, None, z, None)])([gradient.data_ptr()], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
+        prepare([DenseRow(y, None, z, None)])([[gradient.data_ptr()]], StepNumbers(0.0, 0.9, 0.0, 0.0, Direction()))
     except Exception as error:  # no C compiler, an old GPU, a driver that does not go with triton: it may be anything
         logger.info("The one-pass kernel does not run on this GPU, torch's operations do. Triton says: %s", error)
         return False
@@ -54,9 +55,6 @@ def runs() -> bool:
 def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     """A `numbers.Kernel` for parameters of one device and floating-point dtype."""
     y, y_low, z, v, _, key = rows[0]
-    params = [row.y for row in rows]
-    columns = _columns(rows)
-    chunks = int(columns[0, -1])
     options = {
         "P": _KINDS[y.dtype],
         "Z": _KINDS[z.dtype],
@@ -71,19 +69,35 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
         "enable_fp_fusion": False,  # every operation is rounded, as on CPU
     }
 
-    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
-        if not chunks:
-            return
-        device = params[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            one_pass_triton.step[(chunks,)](
-                _on_device(_table(columns, grads), device),
-                _numbers(numbers, device),
-                **options,
-            )
-        torch.autograd.graph.increment_version(params)  # autograd must notice, as for torch's operations
+    return OnePass(rows, options)
 
-    return step_
+
+class OnePass:
+    """A `numbers.ReadyStep`, for all tensors or none of them.
+
+    Args:
+        rows: the parameters.
+        options: of the kernel.
+    """
+
+    def __init__(self, rows: Sequence[DenseRow], options: dict[str, Any]):
+        self._params, self._columns, self._options = [row.y for row in rows], _columns(rows), options
+        self._latest: StepNumbers | None = None
+
+    def __call__(self, batches: Iterable[Sequence[int]], numbers: StepNumbers) -> None:
+        params, chunks = self._params, int(self._columns[0, -1])
+        grads, device = list(itertools.chain.from_iterable(batches)), params[0].device
+        if len(grads) < len(params):
+            return
+        if chunks:
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                table = _on_device(_table(self._columns, grads), device)
+                one_pass_triton.step[(chunks,)](table, _numbers(numbers, device), **self._options)
+            torch.autograd.graph.increment_version(params)  # autograd must notice, as for torch's operations
+        self._latest = numbers
+
+    def stepped(self, numbers: StepNumbers) -> int:
+        return len(self._params) if numbers is self._latest else 0
 
 
 def _numbers(numbers: StepNumbers, device: torch.device) -> Tensor:

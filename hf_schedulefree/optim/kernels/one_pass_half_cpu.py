@@ -11,8 +11,8 @@ import torch
 
 from hf_schedulefree.optim import precision
 from hf_schedulefree.optim.kernels import jobs
-from hf_schedulefree.optim.kernels.numbers import DenseRow, ReadyStep, StepNumbers
-from hf_schedulefree.optim.kernels.one_pass_cpu import NUMBERS, kind_of, numbers_of
+from hf_schedulefree.optim.kernels.numbers import DenseRow, ReadyStep
+from hf_schedulefree.optim.kernels.one_pass_cpu import NUMBERS, OnePass, kind_of, numbers_of
 from hf_schedulefree.optim.kernels.workers import worker
 
 
@@ -28,10 +28,8 @@ def prepare(rows: Sequence[DenseRow]) -> ReadyStep:
     job = blocks.job(columns, NUMBERS + 1, *others)
     gradients = jobs.Column(job, 4, blocks, y[0].element_size())
     storage = y_low[0] is not None, z[0].dtype == torch.float32, is_random
-
-    def step_(grads: Sequence[int], numbers: StepNumbers) -> None:
-        gradients.show(grads)
-        job.run(worker("half_step.step", *storage, kind_of(numbers)), (*numbers_of(numbers), numbers.k))
-        torch.autograd.graph.increment_version(y)  # autograd must notice, as for torch's operations
-
-    return step_
+    return OnePass(
+        *(y, job, gradients),
+        lambda numbers: worker("half_step.step", *storage, kind_of(numbers)),
+        lambda numbers: (*numbers_of(numbers), numbers.k),
+    )

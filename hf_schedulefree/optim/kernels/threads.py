@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from hf_schedulefree.optim.kernels import machine_code
+
 
 class Work(Protocol):
     """A compiled function `void work(intptr_t argument)`, as numba's `cfunc` makes it."""
@@ -36,6 +38,39 @@ def run(work: Work, argument: int, count: int) -> None:
     if parallel is not None:
         return parallel(work.address, argument, count, 0)
     _run_with_helpers(_function(work.address), argument, count - 1)
+
+
+def run_meanwhile(
+    work: Work, argument: int, count: int, prepare: Callable[[], None], is_left: Callable[[], bool]
+) -> None:
+    """As `run`, but the calling thread first prepares what there is to do; the others begin as soon as there is any.
+
+    Args:
+        work: what waits for more to do until there will be no more of it, or it has waited too long.
+        argument: for `work`.
+        count: of threads.
+        prepare: if it ends by an exception, this is raised when what was prepared is done.
+        is_left: whether a thread has waited too long.
+    """
+    region = _openmp_region() if count > 1 and not _forked else None
+    if region is None:
+        try:
+            prepare()
+        finally:
+            run(work, argument, count)
+        return
+    begin, end = region
+    function = _function(work.address)
+    try:
+        try:  # Python raises what interrupts it after a C function has returned: a region that has begun ends
+            begin(work.address, argument, count)
+            prepare()
+            if not is_left():
+                function(argument)
+        finally:
+            end()
+    finally:
+        run(work, argument, count if is_left() else 1)  # what is left to do, if anything
 
 
 def _run_with_helpers(function: Callable[[int], None], argument: int, count: int) -> None:
@@ -90,6 +125,26 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return parallel
+
+
+@functools.cache
+def _openmp_region() -> tuple[Callable[[int, int, int], None], Callable[[], None]] | None:
+    """How the calling thread begins and ends what others take part in; None where they would not see in order what it
+    writes.
+
+    It is what compilers called before there was GOMP_parallel (GNU's OpenMP has it still, and LLVM's).
+    """
+    if _openmp() is None or not machine_code.AVAILABLE:
+        return None
+    try:
+        library = ctypes.CDLL(None)
+        begin, end = library.GOMP_parallel_start, library.GOMP_parallel_end
+    except AttributeError:
+        return None
+    begin.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_uint]
+    end.argtypes = []
+    begin.restype = end.restype = None
+    return begin, end
 
 
 def _threads(count: int) -> ThreadPoolExecutor:

@@ -8,7 +8,24 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hf_schedulefree.optim.kernels.jobs import AT_ONCE, CACHE_LINE, COUNTED, EXTRA, NEXT, NUMBERS, ROWS, SLOTS, TABLE
+from hf_schedulefree.optim.kernels import machine_code
+from hf_schedulefree.optim.kernels.jobs import (
+    AT_ONCE,
+    CACHE_LINE,
+    COUNTED,
+    EXTRA,
+    LEFT,
+    NEXT,
+    NUMBERS,
+    READY,
+    ROWS,
+    SLOTS,
+    TABLE,
+)
+
+# How often a thread looks whether there are more rows before it leaves: for longer than they take to come (a
+# millisecond), and not as long as the calling thread may be kept from its work by others.
+_LOOKS = 2**15
 
 
 @intrinsic
@@ -30,6 +47,40 @@ def _fetch_add(typing_context, address, amount):
         return builder.atomic_rmw("add", place, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _read(typing_context, address):
+    """The int64 at an address, which other threads write to: after it, what they wrote before it is seen."""
+
+    def generate(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], cgutils.intp_t.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _replace(typing_context, address, former, new):
+    """Write to the int64 at an address if it is still the former one, as one operation; returns whether it was."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], cgutils.intp_t.as_pointer())
+        return builder.extract_value(builder.cmpxchg(place, args[1], args[2], "monotonic"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _pause(typing_context):
+    """What processors are told in a loop that waits for another thread, which may share one with this."""
+
+    def generate(context, builder, signature, args):
+        if machine_code.AVAILABLE:
+            pause = builder.module.declare_intrinsic("llvm.x86.sse2.pause", [], ir.FunctionType(ir.VoidType(), []))
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.none(), generate
 
 
 @intrinsic
@@ -75,10 +126,23 @@ def rows_and_numbers(job, columns, numbers):
 
 @njit
 def take_rows(job):
-    """The next rows (first, last) for the calling thread; first = last when all are taken."""
-    slots = carray(pointer(job), SLOTS, np.int64)
-    first = min(_fetch_add(job + 8 * NEXT, slots[AT_ONCE]), slots[ROWS])
-    return first, min(first + slots[AT_ONCE], slots[ROWS])
+    """The next rows (first, last) for the calling thread; first = last when all are taken, or no more get ready."""
+    at_once = carray(pointer(job), SLOTS, np.int64)[AT_ONCE]
+    looks = 0
+    while looks < _LOOKS:
+        ready, rows, first = _read(job + 8 * READY), _read(job + 8 * ROWS), _read(job + 8 * NEXT)
+        if first < ready:
+            last = min(first + at_once, ready)
+            if _replace(job + 8 * NEXT, first, last):
+                return first, last
+        elif ready >= rows:
+            _fetch_add(job + 8 * NEXT, 1)
+            return first, first
+        else:
+            looks += 1
+            _pause()
+    _fetch_add(job + 8 * LEFT, 1)
+    return looks, looks
 
 
 @njit
