@@ -1,6 +1,7 @@
 """`CheckpointMixin`: the Trainer's saves become atomic, and its resumes start from whole checkpoints only."""
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,9 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_schedulefree import registry, weights
+from hf_schedulefree import disks, registry, weights
 from hf_schedulefree.checkpoint import commit, files, verify
-from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, files_in
+from hf_schedulefree.checkpoint.record import RECORD_NAME, CheckpointError, CheckpointFacts, Record, files_in
 from hf_schedulefree.optim.base import ScheduleFreeOptimizer
 from hf_schedulefree.optim.stored import stored_beta
 
@@ -40,6 +41,8 @@ class CheckpointMixin:
     _committed: tuple[Path, dict[str, tuple[int, int]]] | None = None
     # In every process: whether what `on_save` callbacks write belongs to a commit that they have not seen yet.
     _to_record = False
+    # Whether some process was seen to write to another disk than the main one.
+    _disks_differ = False
 
     # Saving
 
@@ -99,11 +102,39 @@ class CheckpointMixin:
                 self.state.save_to_json(str(staged / files.TRAINER_STATE))
         facts = self._checkpoint_facts()
         self._all_learn_of("; ".join(errors) or None)
+        self._see_all_shards(staged)
         self._on_writers(lambda: commit.commit_checkpoint(staged, facts, destination=destination))
-        if self.args.local_process_index == 0 and not self.args.should_save and staged.exists():
-            commit.discard_staged(staged)  # a node whose disk is not the main one's
         self._committed = (destination, _stamps(destination)) if self.args.should_save else None
         self._to_record = True
+
+    def _see_all_shards(self, staged: Path) -> None:
+        """Before a commit: whoever records what was written sees the parts of all processes.
+
+        Raises:
+            CommitError: some of them are on another disk.
+        """
+        if self.args.world_size == 1:
+            return
+        mine = disks.written_by(self.args.process_index, staged)
+        written = self._of_all(mine)
+        if self.args.save_on_each_node:  # what is no shard is on its node, where it is needed
+            written = [names if disks.hold_shards(names) else [] for names in written]
+        elsewhere: set[int] = set()
+        if self.args.should_save:
+            patience = 0.0 if self._disks_differ else disks.PATIENCE_AT_SAVES
+            lost = set(disks.unseen(staged, [name for names in written for name in names], patience))
+            elsewhere = {process for process, names in enumerate(written) if lost.intersection(names)}
+        elsewhere = set().union(*self._of_all(elsewhere))
+        self._disks_differ = bool(elsewhere)
+        if self.args.process_index in elsewhere and not self.args.should_save:
+            # One by one, and before the commit: to a node that sees late what others do, the folder that was moved
+            # into place could still be this one.
+            disks.discard(staged, mine)
+        if any(disks.hold_shards(written[process]) for process in elsewhere):
+            raise CommitError(
+                "the processes wrote their shards of model and optimizer to different disks, and no run could resume "
+                "from that: output_dir must be a folder that all nodes share"
+            )
 
     @contextlib.contextmanager
     def _write_errors_kept(self, folder: Path, errors: list[str]) -> Iterator[None]:
@@ -233,7 +264,7 @@ class CheckpointMixin:
         # True means the newest whole checkpoint, and a path is refused unless it is whole.
         self._fresh_optimizer, self._resumed = fresh_optimizer, None
         if resume_from_checkpoint and self._is_schedule_free_run():
-            self._resumed = self._chosen_by_main(lambda: self._choose_checkpoint(resume_from_checkpoint))
+            self._resumed = self._choose_together(resume_from_checkpoint)
             resume_from_checkpoint = str(self._resumed.folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -250,18 +281,52 @@ class CheckpointMixin:
         name = str(getattr(self.args.optim, "value", self.args.optim))
         return name in registry.SPECS or name.startswith("schedule_free")
 
-    def _choose_checkpoint(self, resume_from_checkpoint: str | bool) -> verify.VerifiedCheckpoint:
+    def _choose_together(self, resume_from_checkpoint: str | bool) -> verify.VerifiedCheckpoint:
+        """The checkpoint to resume from, in all processes: where each node saves, one that is whole on each."""
+        last_step = None
+        while True:
+            choose = functools.partial(self._choose_checkpoint, resume_from_checkpoint, last_step)
+            found, skipped = self._chosen_by_writer(choose)
+            steps = set(self._of_all(found.step))
+            if len(steps) == 1:
+                break
+            if resume_from_checkpoint is not True:
+                raise CheckpointError(f"Cannot resume from {found.folder}: it is not of the same step on all nodes.")
+            last_step = min(steps)
+        if resume_from_checkpoint is True and self.args.should_save:
+            (logger.warning if skipped else logger.info)(f"Resuming from {found.folder}. {skipped}")
+        unseen = self._of_all(self._unseen_in(found.folder, found.record))
+        for process, names in enumerate(unseen):
+            if names:
+                raise CheckpointError(
+                    f"Cannot resume from {found.folder}: process {process} sees no {names[0]} there. output_dir must "
+                    "be a folder that all nodes share, or (DDP, FSDP2 with FULL_STATE_DICT) each node must have saved "
+                    "its own checkpoint, with save_on_each_node."
+                )
+        return found
+
+    def _unseen_in(self, folder: Path, record: Record | None) -> list[str]:
+        """The files of a checkpoint, except those of single processes, that this process does not see."""
+        if self.args.world_size == 1:
+            return []
+        names = [files.TRAINER_STATE] if record is None else record.files
+        return disks.unseen(folder, [name for name in names if not name.startswith("rng_state")])
+
+    def _choose_checkpoint(
+        self, resume_from_checkpoint: str | bool, last_step: int | None = None
+    ) -> tuple[verify.VerifiedCheckpoint, str]:
+        """The checkpoint to resume from, as this process sees it, and which newer ones were skipped."""
         if resume_from_checkpoint is True:
             run_dir = Path(self.args.output_dir)
             commit.finish_interrupted_move(run_dir)
-            found, skipped = verify.find_committed(run_dir, need_optimizer=not self._fresh_optimizer)
+            need_optimizer = not self._fresh_optimizer
+            found, skipped = verify.find_committed(run_dir, need_optimizer=need_optimizer, last_step=last_step)
             skipped_text = f"skipped: {'; '.join(skipped)}" if skipped else ""
             if found is None:
                 hint = f" {self._way_on_from_weights(None)}." if skipped else ""
                 raise CheckpointError(f"No valid checkpoint found in output directory ({run_dir}) {skipped_text}{hint}")
             self._refuse_of_another_engine(found)
-            (logger.warning if skipped else logger.info)(f"Resuming from {found.folder}. {skipped_text}")
-            return found
+            return found, skipped_text
         folder = Path(resume_from_checkpoint)
         commit.finish_interrupted_move(folder.parent)
         try:
@@ -275,7 +340,7 @@ class CheckpointMixin:
         except CheckpointError as error:
             raise CheckpointError(f"Cannot resume from {folder}: {error}. {_newest_beside(folder)}") from error
         self._refuse_of_another_engine(found)
-        return found
+        return found, ""
 
     def _way_on_from_weights(self, folder: Path | None) -> str:
         """What to do with a checkpoint (None: with any) that has no optimizer state."""
@@ -322,7 +387,7 @@ class CheckpointMixin:
         """
         folder = Path(checkpoint)
         if self._resumed is None:  # a Trainer whose own create_optimizer made a schedule-free one
-            self._resumed = self._chosen_by_main(lambda: self._choose_checkpoint(checkpoint))
+            self._resumed = self._choose_together(checkpoint)
         optimizer_class = type(weights.unwrap_optimizer(self.optimizer)).__name__
         written_by = self._resumed.optimizer or verify.optimizer_of_state(folder)
         fits = written_by in (None, optimizer_class)
@@ -344,12 +409,21 @@ class CheckpointMixin:
         logger.info(f"A fresh optimizer goes on from the weights in {self._resumed.folder}: x = y = z.")
 
     def _load_best_model(self) -> None:
-        # A bit that was flipped on disk since the save would be published.
-        if self._switch is not None:
-            best = Path(self.state.best_model_checkpoint)
-            if (best / RECORD_NAME).exists():
-                self._chosen_by_main(lambda: verify.verify_checkpoint(best))
-        super()._load_best_model()
+        # A bit that was flipped on disk since the save would be published, and a node that does not see the file would
+        # go on with other weights.
+        if self._switch is None:
+            return super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        found = self._chosen_by_writer(
+            lambda: verify.verify_checkpoint(best) if (best / RECORD_NAME).exists() else None
+        )
+        unseen = found is not None and bool(self._unseen_in(best, found.record))
+        if self._engine.each_loads and any(self._of_all(unseen)):
+            if not unseen:
+                super()._load_best_model()
+            self._engine.share_main_weights()
+        else:
+            super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed after its last step has nothing to do; the Trainer would take one step more.
@@ -374,28 +448,40 @@ class CheckpointMixin:
 
     def _all_learn_of(self, failure: str | None) -> None:
         """Wait for all processes; each raises if one of them has failed."""
-        if self.args.world_size == 1:
-            return
-        texts: list[str | None] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(texts, failure)
-        failed = dict.fromkeys(text for text in texts if text is not None)
+        failed = dict.fromkeys(text for text in self._of_all(failure) if text is not None)
         if failed:
             raise CommitError("; ".join(failed))
 
-    def _chosen_by_main(self, choose: Callable[[], Result]) -> Result:
-        """What the main process chooses, on every process; so are its errors."""
+    def _chosen_by_writer(self, choose: Callable[[], Result]) -> Result:
+        """On every process, what is chosen where files are written: in the main process, or on this node.
+
+        So are the errors, which are those of all nodes.
+        """
         if self.args.world_size == 1:
             return choose()
-        outcome: list[Any] = [None, None]
-        if self.args.process_index == 0:
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.args.should_save:
             try:
-                outcome[0] = choose()
+                outcome = choose(), None
             except CheckpointError as error:
-                outcome[1] = str(error)
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise CheckpointError(outcome[1])
-        return outcome[0]
+                outcome = None, str(error)
+        if self.args.save_on_each_node:
+            outcomes = self._of_all(outcome)
+        else:
+            outcomes = [outcome]
+            torch.distributed.broadcast_object_list(outcomes, src=0)
+        errors = dict.fromkeys(error for _, error in outcomes if error is not None)
+        if errors:
+            raise CheckpointError("; ".join(errors))
+        first_of_node = self.args.process_index - self.args.local_process_index
+        return outcomes[first_of_node if self.args.save_on_each_node else 0][0]
+
+    def _of_all(self, value: Result) -> list[Result]:
+        """The values of all processes."""
+        values = [value] * self.args.world_size
+        if self.args.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
 
 class CommitError(OSError):

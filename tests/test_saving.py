@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkpoint_runs import same, tiny_data, tiny_model, tiny_trainer, weights_of
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from hf_schedulefree import saving
+from hf_schedulefree import disks, saving
 from hf_schedulefree.checkpoint import commit, latest_committed, read_header, verify_checkpoint
 from hf_schedulefree.checkpoint.record import read_record
 
@@ -103,13 +103,22 @@ def test_resuming_a_finished_run_changes_nothing(run, finished):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_node_that_writes_no_checkpoint_leaves_alone_what_the_main_one_removes(tmp_path, monkeypatch):
-    removed = tmp_path / "_saving/removed-checkpoint-1/model.safetensors"
-    removed.parent.mkdir(parents=True)
-    removed.touch()
-    monkeypatch.setattr(TrainingArguments, "should_save", False)
-    tiny_trainer(tmp_path).train()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [removed]
+def test_a_node_whose_checkpoint_is_not_kept_removes_its_own_files_only(tmp_path):
+    """If it is on the main one's disk after all, the others' lie beside them."""
+    staged = tmp_path / "_saving/checkpoint-2"
+    own = ("rng_state_1.pth", "optimizer_0/__1_0.distcp", "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    others = ("rng_state_11.pth", "optimizer_0/__11_0.distcp", "../removed-checkpoint-1/model.safetensors")
+    for name in (*own, *others):
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).touch()
+    assert sorted(disks.written_by(1, staged)) == sorted(own)
+    disks.discard(staged, disks.written_by(1, staged))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {(staged / name).resolve() for name in others}
+    assert not (staged / "global_step2").exists()
+    for name in others:
+        (staged / name).unlink()
+    disks.discard(staged, ["optimizer_0/__1_0.distcp"])
+    assert not staged.exists() and staged.parent.exists()
 
 
 @pytest.mark.parametrize("written", ["latest", "optimizer.bin", "optimizer_0"])

@@ -59,13 +59,6 @@ def discard_staging(run_dir: str | os.PathLike[str]) -> None:
         shutil.rmtree(Path(run_dir) / STAGING)
 
 
-def discard_staged(staged: Path) -> None:
-    """Remove one folder that is not going to be committed, as far as it can be, and nothing that lies beside it."""
-    shutil.rmtree(staged, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        staged.parent.rmdir()
-
-
 def finish_interrupted_move(run_dir: str | os.PathLike[str]) -> Path | None:
     """Move a checkpoint into place that was whole on disk, record and all, when its process was killed.
 

@@ -256,18 +256,22 @@ def load_pickled(path: Path) -> dict[str, Any]:
 
 
 def find_committed(
-    run_dir: str | os.PathLike[str], *, need_optimizer: bool = False
+    run_dir: str | os.PathLike[str], *, need_optimizer: bool = False, last_step: int | None = None
 ) -> tuple[VerifiedCheckpoint | None, list[str]]:
     """The newest whole checkpoint of a run, and for each newer one a word on why it was skipped.
 
     Args:
         run_dir: the folder that holds `checkpoint-N`.
         need_optimizer: skip checkpoints without optimizer state (`save_only_model`).
+        last_step: skip later ones, which other nodes do not have.
     """
     skipped = []
     if (Path(run_dir) / STAGING).is_dir():
         skipped += [f"{path.name} (the save was interrupted)" for path in (Path(run_dir) / STAGING).glob("checkpoint*")]
     for folder in checkpoint_folders(run_dir):
+        if last_step is not None and step_in_name(folder) > last_step:
+            skipped.append(f"{folder.name} (it is not whole on all nodes)")
+            continue
         try:
             found = verify_checkpoint(folder)
         except CheckpointError as error:

@@ -44,6 +44,8 @@ class Engine:
     shows_y_alone = True
     # How the optimizer has to keep y while x is shown; None: as it likes.
     park: Park | None = None
+    # Whether each process loads the whole model from a file.
+    each_loads = True
 
     def __init__(self, model: nn.Module | None, optimizer: Any):
         self.model = model
@@ -88,6 +90,13 @@ class Engine:
         """Within: the Trainer can load whole tensors into the model."""
         yield
 
+    def share_main_weights(self) -> None:
+        """Give the main process's weights to those that could not load them."""
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            shared = tensor.detach().contiguous()
+            distributed.broadcast(shared, src=0)
+            tensor.detach().copy_(shared)
+
     def save_states(self, folder: Path, accelerator: Accelerator, writes: bool) -> bool:
         """Save the optimizer's state and what goes with it, where the Trainer would not do it well.
 
@@ -121,6 +130,7 @@ class FullyShardedEngine(Engine):
     """FSDP2: parameters and optimizer state are `DTensor`s, of which each process holds a shard."""
 
     shows_y_alone = False  # train() asks all processes whether the weights were replaced
+    each_loads = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:
@@ -221,6 +231,7 @@ class ZeroEngine(Engine):
 
     shows_x_alone = False
     shows_y_alone = False
+    each_loads = False
 
     @classmethod
     def runs(cls, model: nn.Module | None, optimizer: Any) -> bool:

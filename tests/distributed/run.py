@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import distributed
 from transformers import LlamaConfig, TrainerCallback, set_seed
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_schedulefree import ScheduleFreeTrainer, averaged_weights, saving
+from hf_schedulefree import ScheduleFreeTrainer, averaged_weights, disks, saving
 from hf_schedulefree.optim import AdamWScheduleFree, ScheduleFreeOptimizer
 from hf_schedulefree.weights import training_weights, unwrap_optimizer
 
@@ -281,17 +282,98 @@ def each_node(lab):
     trainer.save_model()
     lab.keep("each_node", fingerprint(trainer))
     lab.keep_weights("each_node_x", trainer)
+    newest = Path(trainer.args.output_dir) / f"checkpoint-{STEPS}"
+    for happened in ("nothing", "interrupted", "damaged", "lost"):
+        if not lab.is_main and happened == "interrupted":
+            (newest.parent / "_saving").mkdir()
+            newest.rename(newest.parent / "_saving" / newest.name)
+        elif not lab.is_main and happened == "damaged":
+            with open(newest / "scheduler.pt", "ab") as file:
+                file.write(b"more")
+        elif not lab.is_main and happened == "lost":
+            shutil.rmtree(newest)
+        distributed.barrier()
+        begin = Begin()
+        resumed = lab.trainer(newest.parent.name, dropout=True, save_on_each_node=True, callbacks=[begin])
+        resumed.train(resume_from_checkpoint=True)
+        lab.keep(f"each_node_{happened}", [begin.step, fingerprint(resumed)])
 
 
-def best(lab):
-    """The best model is that of an early step; it is loaded at the end, as x."""
+class Begin(TrainerCallback):
+    """From which step on a run was trained."""
 
-    class FirstIsBest(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
-            metrics["eval_score"] = 1.0 if state.global_step == 2 else 0.0
+    step = None
 
-    trainer = lab.trainer(
-        "best",
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+def own_disks(lab):
+    """Without `save_on_each_node`; that the nodes have disks of their own is played by folders."""
+    disks.PATIENCE = disks.PATIENCE_AT_SAVES = 0.1
+    exists = Path.exists
+    if not lab.is_main:
+        Path.exists = lambda path: "disk_0" not in path.parts and exists(path)
+    trainer = first_is_best(lab, f"disk_{os.environ['RANK']}")
+    said = []
+    error, saving.logger.error = saving.logger.error, lambda text, *args: said.append(text)
+    trainer.train()
+    saving.logger.error = error
+    lab.keep("own_disks_said", said)
+    lab.keep("own_disks_left", sorted(path.name for path in Path(trainer.args.output_dir).iterdir()))
+    lab.keep_weights("own_disks_x", trainer)
+    lab.keep("own_disks", fingerprint(trainer))
+    try:
+        lab.trainer(f"disk_{os.environ['RANK']}").train(resume_from_checkpoint=True)
+    except ValueError as error:
+        lab.keep("own_disks_resumed", str(error))
+    Path.exists = exists
+
+
+def seen_late(lab):
+    """A disk that nodes share; the second one sees what was moved or made on the first one a second later."""
+    exists, rmtree = Path.exists, shutil.rmtree
+    first_asked = {}
+
+    def exists_as_seen(path):
+        if "_saving" in path.parts and "seen_late" in path.parts:
+            return exists(path) or exists(moved(path))
+        if "seen_late" in path.parts:
+            return exists(path) and time.monotonic() - first_asked.setdefault(str(path), time.monotonic()) > 1
+        return exists(path)
+
+    def rmtree_as_seen(path, *args, **kwargs):
+        return rmtree(path if exists(Path(path)) else moved(Path(path)), *args, **kwargs)
+
+    def moved(path):
+        return Path(*(part for part in path.parts if part != "_saving"))
+
+    if not lab.is_main:
+        Path.exists, shutil.rmtree = exists_as_seen, rmtree_as_seen
+    trainer = first_is_best(lab, "seen_late")
+    trainer.train()
+    lab.keep_weights("seen_late_x", trainer)
+    lab.keep("seen_late", fingerprint(trainer))
+    first_asked.clear()
+    resumed = lab.trainer("seen_late")
+    resumed.train(resume_from_checkpoint=str(lab.folder / "seen_late/checkpoint-4"))
+    Path.exists, shutil.rmtree = exists, rmtree
+    lab.keep("seen_late_resumed", fingerprint(resumed))
+    quiet = lab.trainer("seen_late_quiet")
+    quiet.train()
+    lab.keep("seen_late_quiet", fingerprint(quiet))
+
+
+class FirstIsBest(TrainerCallback):
+    """By the metric, the model of an early step is the best."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_score"] = 1.0 if state.global_step == 2 else 0.0
+
+
+def first_is_best(lab, name):
+    return lab.trainer(
+        name,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",
@@ -301,6 +383,11 @@ def best(lab):
         greater_is_better=True,
         callbacks=[FirstIsBest()],
     )
+
+
+def best(lab):
+    """The best model is that of an early step; it is loaded at the end, as x."""
+    trainer = first_is_best(lab, "best")
     trainer.train()
     lab.keep("best_checkpoint", Path(trainer.state.best_model_checkpoint).name)
     lab.keep_weights("best_x", trainer)
@@ -586,6 +673,8 @@ PARTS = {
         refused_elsewhere,
         weights_alone,
         each_node,
+        own_disks,
+        seen_late,
         refusals,
         callbacks,
         sigterm,

@@ -231,18 +231,52 @@ def test_resume_on_another_number_of_processes(engine, runs, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2-full"])
-def test_each_node_saves_whole_models(engine, tmp_path):
+def test_each_node_saves_whole_models_and_resumes_from_what_all_have(engine, tmp_path):
     needs_its_engine(engine)
-    launch(engine, tmp_path, ["each_node"], 2, nodes=2)
+    results = launch(engine, tmp_path, ["each_node"], 2, nodes=2)
+    for result in results:
+        begun = {"nothing": STEPS, "interrupted": STEPS, "damaged": STEPS // 2, "lost": STEPS // 2}
+        assert {happened: result[f"each_node_{happened}"] for happened in begun} == {
+            happened: [step, result["each_node"]] for happened, step in begun.items()
+        }
     x = torch.load(tmp_path / "each_node_x.pt", weights_only=True)
     recorded = []
     for node in ("node_0", "node_1"):
         assert same_bits(load_file(tmp_path / node / "model.safetensors"), x)
-        assert same_bits(load_file(tmp_path / node / f"checkpoint-{STEPS}/model.safetensors"), x)
         LlamaForCausalLM.from_pretrained(tmp_path / node)
-        names = read_record(tmp_path / node / f"checkpoint-{STEPS}").files
+        names = read_record(tmp_path / node / f"checkpoint-{STEPS // 2}").files
         recorded.append({name for name in names if not name.startswith("rng_state_")})
     assert recorded[0] == recorded[1]  # a resume reads what is on its node
+
+
+def test_nodes_whose_disks_are_their_own_get_the_best_model(tmp_path):
+    """Only the first one has checkpoints; without `save_on_each_node` the others cannot resume."""
+    results = launch("ddp", tmp_path, ["own_disks"], 2, nodes=2)
+    x = torch.load(tmp_path / "own_disks_x.pt", weights_only=True)
+    assert same_bits(load_file(tmp_path / "disk_0/checkpoint-2/model.safetensors"), x)
+    assert results[0]["own_disks"] == results[1]["own_disks"]
+    assert results[1]["own_disks_left"] == [] and results[0]["own_disks_said"] == []
+    for result in results:
+        assert "process 1 sees no" in result["own_disks_resumed"] and "save_on_each_node" in result["own_disks_resumed"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-sharded", "zero2"])
+def test_shards_on_several_disks_are_no_checkpoint(engine, tmp_path):
+    needs_its_engine(engine)
+    for result in launch(engine, tmp_path, ["own_disks"], 2, nodes=2):
+        assert len(result["own_disks_said"]) == STEPS // 2 and result["own_disks_left"] == []
+        assert all("a folder that all nodes share" in text for text in result["own_disks_said"])
+
+
+def test_a_node_that_sees_late_what_others_do_spoils_nothing(tmp_path):
+    results = launch("ddp", tmp_path, ["seen_late"], 2, nodes=2)
+    for step in range(2, STEPS + 1, 2):
+        verify_checkpoint(tmp_path / f"seen_late/checkpoint-{step}")
+    x = torch.load(tmp_path / "seen_late_x.pt", weights_only=True)
+    assert same_bits(load_file(tmp_path / "seen_late/checkpoint-2/model.safetensors"), x)
+    assert results[0]["seen_late"] == results[1]["seen_late"]
+    for result in results:
+        assert result["seen_late_resumed"] == result["seen_late_quiet"]
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
