@@ -408,22 +408,22 @@ class CheckpointMixin:
         self._switch.restart()
         logger.info(f"A fresh optimizer goes on from the weights in {self._resumed.folder}: x = y = z.")
 
-    def _load_best_model(self) -> None:
-        # A bit that was flipped on disk since the save would be published, and a node that does not see the file would
-        # go on with other weights.
-        if self._switch is None:
-            return super()._load_best_model()
+    def _load_whole_best(self, load: Callable[[], None]) -> None:
+        """Have the best model loaded in all processes, if its checkpoint is whole.
+
+        A bit that was flipped on disk since the save would be published, and a node that does not see the files would
+        go on with other weights.
+        """
         best = Path(self.state.best_model_checkpoint)
         found = self._chosen_by_writer(
             lambda: verify.verify_checkpoint(best) if (best / RECORD_NAME).exists() else None
         )
         unseen = found is not None and bool(self._unseen_in(best, found.record))
-        if self._engine.each_loads and any(self._of_all(unseen)):
-            if not unseen:
-                super()._load_best_model()
+        shared = self._engine.each_loads and any(self._of_all(unseen))
+        if not (shared and unseen):
+            load()
+        if shared:
             self._engine.share_main_weights()
-        else:
-            super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed after its last step has nothing to do; the Trainer would take one step more.

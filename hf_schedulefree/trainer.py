@@ -254,12 +254,16 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         if self._switch is None:
             return super()._load_best_model()
         self._switch.show_x()
-        checkpoint = self.state.best_model_checkpoint
-        if adapters.has_adapter_folders(self.model, checkpoint):
-            self._load_from_checkpoint(checkpoint)  # the Trainer would not find them and go on with other weights
-        else:
-            with self._loading_model(checkpoint):
-                super()._load_best_model()
+        checkpoint, load = self.state.best_model_checkpoint, super()._load_best_model
+
+        def load_all() -> None:
+            if adapters.has_adapter_folders(self.model, checkpoint):
+                self._load_from_checkpoint(checkpoint)  # the Trainer would not find them and go on with other weights
+            else:
+                with self._loading_model(checkpoint):
+                    load()
+
+        self._load_whole_best(load_all)
         self._restart()
         logger.info("The best model is loaded; a later train() starts anew from exactly these weights (x = y = z).")
 

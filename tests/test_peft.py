@@ -1,10 +1,12 @@
 """PEFT: what is saved, merged, resumed and chosen as best is the x of the adapters, and of nothing else."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ecosystem import Witness, cpu_arguments, tiny_llama
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_schedulefree import ScheduleFreeTrainer
 
@@ -157,6 +159,21 @@ def test_several_adapters(active, tmp_path, monkeypatch):
     assert sorted(model.base_model.active_adapters) == sorted(active)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == set(witness.x[2])
+
+
+def test_a_best_adapter_in_a_folder_of_its_own_that_was_altered_is_not_loaded(tmp_path, monkeypatch):
+    class Alter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                path = Path(state.best_model_checkpoint) / "second/adapter_model.safetensors"
+                content = path.read_bytes()
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    trainer, _ = make_trainer(two_adapters(["first", "second"]), tmp_path, **BEST)
+    trainer.add_callback(Alter())
+    choose_step(trainer, monkeypatch, best=2)
+    with pytest.raises(ValueError, match=r"second/adapter_model.safetensors is altered"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("active", [["second"], ["first", "second"]], ids="+".join)
