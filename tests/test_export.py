@@ -272,6 +272,22 @@ def test_damaged_files_of_deepspeed_are_reported(tmp_path, changed):
         inspect_weights(tmp_path / "damaged")
 
 
+@pytest.mark.parametrize("name", [5, ("weight",), b"weight", "weight\udc80", "__metadata__"])
+def test_names_that_no_weight_file_can_hold_are_reported(tmp_path, name):
+    deepspeed_files(tmp_path / "in", OF_SCHEDULE_FREE, model={"param_shapes": [{name: torch.Size([2, 3])}]})
+    assert inspect_weights(tmp_path / "in").weights == "x"
+    with pytest.raises(CheckpointError, match="is damaged: it holds a tensor"):
+        export_averaged(tmp_path / "in", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_types_of_numbers_that_no_weight_file_can_hold_are_reported(tmp_path):
+    model = {"module": {"weight": torch.zeros(2, 3), "buffer": torch.zeros(2, dtype=torch.complex64)}}
+    deepspeed_files(tmp_path / "in", OF_SCHEDULE_FREE, model=model)
+    with pytest.raises(CheckpointError, match=r"buffer is of type torch\.complex64"):
+        export_averaged(tmp_path / "in", tmp_path / "out")
+
+
 def test_another_optimizer_under_deepspeed(tmp_path):
     deepspeed_files(tmp_path / "adamw", {"betas": (0.9, 0.999), "lr": 0.1})
     assert inspect_weights(tmp_path / "adamw").weights is None
@@ -612,6 +628,36 @@ def test_metadata_of_a_sharded_checkpoint_runs_no_code(stock, tmp_path):
         with pytest.raises(CheckpointError, match=r"\.metadata asks for shutil"):
             read(tmp_path / "in")
     assert (tmp_path / "victim").is_dir()
+
+
+def without(value, attribute):
+    """`value` as a damaged file would have it."""
+    vars(value).pop(attribute)
+    return value
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda metadata: without(metadata, "state_dict_metadata"),
+        lambda metadata: vars(metadata).update(state_dict_metadata=["weight"]),
+        lambda metadata: metadata.state_dict_metadata.update({5: metadata.state_dict_metadata["model.weight"]}),
+        lambda metadata: metadata.state_dict_metadata.update({"model.weight": "two by two"}),
+        lambda metadata: without(metadata.state_dict_metadata["model.weight"], "size"),
+        lambda metadata: without(metadata.state_dict_metadata["model.weight"], "properties"),
+    ],
+)
+def test_damaged_metadata_of_a_sharded_checkpoint_is_reported(tmp_path, damage):
+    folder = tmp_path / "in/pytorch_model_fsdp_0"
+    dcp.save({"model": {"weight": torch.ones(2, 2)}}, checkpoint_id=folder, no_dist=True)
+    (tmp_path / "in/trainer_state.json").write_text('{"global_step": 6}')
+    assert inspect_weights(tmp_path / "in").weights is None
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    damage(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for read in (inspect_weights, verify_checkpoint, lambda path: export_averaged(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
+            read(tmp_path / "in")
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ def export_averaged(
             f"{source_path} holds y, and x cannot be computed: "
             + (source.problem or "there is no optimizer state with z beside it")
         )
+    _refuse_unwritable(source, dtype)
     metadata = {"format": "pt"} | names.weight_metadata(
         weights="x", step=source.step() or 0, optimizer=source.optimizer_name() or "unknown", beta=source.beta()
     )
@@ -289,6 +290,20 @@ def export_averaged(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Contents(output, "x", "computed", source.step(), source.optimizer_name(), source.beta(), None, None)
+
+
+def _refuse_unwritable(source: _Source, dtype: torch.dtype | None) -> None:
+    """torch.save takes any key as a name, and more types of numbers than safetensors files hold."""
+    for name, shape in source.weights.shapes.items():
+        try:
+            usable = name.encode() and name != "__metadata__" and all(isinstance(size, int) for size in shape)
+        except (AttributeError, UnicodeEncodeError):
+            usable = False
+        if not usable:
+            raise CheckpointError(f"{source.path} is damaged: it holds a tensor {name!a} of shape {list(shape)}")
+        written = source.output_dtype(name, dtype)
+        if written not in names.TORCH_DTYPES.values():
+            raise CheckpointError(f"{name} is of type {written}, which a safetensors file cannot hold")
 
 
 def _write_averages(

@@ -79,7 +79,20 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{folder.name}/.metadata is damaged: {error}") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{folder.name}/.metadata is damaged: it is no metadata of torch.distributed.checkpoint")
+    entries = vars(metadata).get("state_dict_metadata")  # unpickling sets what the file holds, and nothing else
+    if not isinstance(entries, dict) or not all(isinstance(key, str) and _is_whole(entries[key]) for key in entries):
+        raise CheckpointError(f"{folder.name}/.metadata is damaged: it does not say which tensors there are")
     return metadata
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether what is read from an entry of the metadata is there, each of its type."""
+    if isinstance(entry, BytesStorageMetadata):
+        return True
+    if not isinstance(entry, TensorStorageMetadata):
+        return False
+    size, properties = vars(entry).get("size"), vars(entry).get("properties")
+    return isinstance(size, torch.Size) and isinstance(getattr(properties, "dtype", None), torch.dtype)
 
 
 class _Folder:
