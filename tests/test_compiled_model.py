@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import close_to, parameters, same_bits, saved, tiny_llama, token_data, train, x_in_float64
+from peft import LoraConfig, get_peft_model
+from tiny import close_to, make_trainer, parameters, same_bits, saved, tiny_llama, token_data, train, x_in_float64
 from torch.nn import functional
 
 from hf_schedulefree.optim import AdamWScheduleFree
@@ -56,3 +57,42 @@ def test_the_trainer_compiles_the_model(tmp_path):
     quiet = train(tmp_path / "quiet", **options)
     assert close_to(saved(tmp_path / "run" / "checkpoint-10"), x_in_float64(trainer))
     assert same_bits(parameters(trainer.model), parameters(quiet.model))
+
+
+def lora(base):
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def with_a_compiled_layer():
+    model = tiny_llama()
+    model.model.layers[0] = compiled(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: compiled(tiny_llama()),
+        lambda: compiled(lora(tiny_llama())),
+        lambda: lora(compiled(tiny_llama())),
+        with_a_compiled_layer,
+    ],
+    ids=["a model", "an adapter", "the base model", "a layer"],
+)
+def test_names_that_from_pretrained_would_not_find_are_refused(tmp_path, make):
+    with pytest.raises(ValueError, match=r"model\.compile\(\)"):
+        make_trainer(tmp_path, model=make())
+    make_trainer(tmp_path, model=make(), optim="adamw_torch")  # the Trainer's own affair
+
+
+def test_a_model_compiled_in_place_is_saved_by_its_own_names(tmp_path):
+    torch._dynamo.reset()
+    model = tiny_llama()
+    model.compile(backend="eager")
+    trainer = train(tmp_path, model=model)
+    trainer.save_model()
+    assert same_bits(parameters(type(model).from_pretrained(tmp_path)), parameters(model))

@@ -22,8 +22,10 @@ def refuse_unsupported(
         model: the model as the user gave it.
 
     Raises:
-        ValueError: the engine asked for does not run, or does not let the optimizer switch between x and y.
+        ValueError: the engine asked for does not run, or does not let the optimizer switch between x and y; or what is
+            saved of the model could not be loaded.
     """
+    _check_names(model)
     running = accelerator.distributed_type
     asked_for_fsdp = bool(args.fsdp) or _environment("ACCELERATE_USE_FSDP")
     asked_for_deepspeed = bool(args.deepspeed) or _environment("ACCELERATE_USE_DEEPSPEED")
@@ -56,6 +58,21 @@ def refuse_unsupported(
         _check_fsdp(accelerator.state.fsdp_plugin)
     elif running == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+
+
+def _check_names(model: nn.Module | None) -> None:
+    """Refuse what `torch.compile(model)` returns: from_pretrained knows no weights by its names.
+
+    Of an adapter inside, PEFT writes a file without a tensor, without a word.
+    """
+    if not hasattr(getattr(model, "_orig_mod", model), "save_pretrained"):
+        return  # nobody reads it by from_pretrained
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_parameters()):
+        raise ValueError(
+            "The model, or a part of it, is what torch.compile(...) returned: its parameters have other names "
+            "(_orig_mod), by which from_pretrained would not find the weights that are saved. Give the model itself, "
+            "and compile it by TrainingArguments(torch_compile=True) or by its own method, model.compile()."
+        )
 
 
 def _check_fsdp(plugin: Any) -> None:
