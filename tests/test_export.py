@@ -124,6 +124,25 @@ def test_states_that_cannot_be_told_apart_are_refused(stock, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_x_of_states_that_cannot_be_told_apart_comes_by_a_resume(tmp_path):
+    def partly_frozen(seed):
+        model = tiny_model(seed).to(torch.bfloat16)  # in which norms stay at 1 when the steps are small
+        model.model.embed_tokens.weight.requires_grad_(False)
+        return model
+
+    trainer = stock_run(tmp_path / "run", model=partly_frozen(0), learning_rate=1e-4)
+    checkpoint = tmp_path / "run/checkpoint-6"
+    with pytest.raises(CheckpointError, match=r"the same parameters frozen.* ScheduleFreeTrainer can resume"):
+        export_averaged(checkpoint, tmp_path / "out")
+    resumed = tiny_trainer(tmp_path / "again", model=partly_frozen(1))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.save_model(tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    for name, value in x_in_float64(trainer.model, trainer.optimizer).items():
+        torch.testing.assert_close(written[name].double(), value, rtol=2**-8, atol=2**-20)
+    assert not list(tmp_path.glob("again/checkpoint-*"))
+
+
 @pytest.mark.parametrize("variant", ["pickled", "sharded", "sharded pickled"])
 def test_every_file_layout_is_read(stock, tmp_path, variant):
     run, trainer = stock

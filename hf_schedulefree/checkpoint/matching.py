@@ -173,6 +173,8 @@ def _by_content(weights: Weights, optimizer: OptimizerState) -> dict[str, Stored
         raise CheckpointError(
             f"{unclear} of {len(states)} optimizer states cannot be told apart: the checkpoint does not name their "
             "parameters, and they are not those of all parameters of a model of transformers that config.json describes"
+            ". With the model as it was trained (the same parameters frozen), ScheduleFreeTrainer can resume from this "
+            "checkpoint; its save_model() writes x"
         )
     return {
         name: Stored(optimizer.entries[group][number], optimizer.groups[group])
