@@ -542,6 +542,10 @@ def test_bfloat16_state_gives_x_in_full_precision(tmp_path):
     assert same(narrow, weights_of(trainer))
     assert same({name: tensor.bfloat16() for name, tensor in wide.items()}, narrow)
     assert any(not torch.equal(wide[name], narrow[name].float()) for name in wide)
+    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("out", "wide")]
+    assert same(dict(loaded[0].state_dict()), narrow) and same(dict(loaded[1].state_dict()), wide)
+    kept, changed = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "wide"))
+    assert changed == kept | {"dtype": "float32"}
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

@@ -43,6 +43,8 @@ _NOT_COPIED = (
 _PART_OF_MODEL = ("adapter_config.json", "tokenizer_config.json")
 _CHAT_TEMPLATES = "additional_chat_templates"
 
+_CONFIG = "config.json"
+
 # The folder in which an export is written before it is moved into place ends so.
 _ASIDE = ".tmp-export"
 
@@ -277,6 +279,8 @@ def export_averaged(
             target = temporary / path.relative_to(source_path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
+        if dtype is not None:
+            _name_dtype(temporary / _CONFIG, dtype)
         for file_name, tensors in source.weights.layout.items():
             _write_averages(source, temporary / file_name, tensors, dtype, metadata, progress)
         _write_index(source, temporary, dtype)
@@ -341,9 +345,19 @@ def _other_files(source: Path) -> Iterator[Path]:
 
 def _belongs_to_model(folder: Path) -> bool:
     """Whether a folder in that of a model holds an adapter, a tokenizer or chat templates; not a model of its own."""
-    if _is_checkpoint(folder) or (folder / "config.json").is_file():
+    if _is_checkpoint(folder) or (folder / _CONFIG).is_file():
         return False
     return folder.name == _CHAT_TEMPLATES or any((folder / name).is_file() for name in _PART_OF_MODEL)
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """`from_pretrained` casts the weights to the type that the configuration names."""
+    if not config.is_file():
+        return
+    content = names.read_json(config)
+    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
+    if named:
+        config.write_text(json.dumps(content | named, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(source: _Source, target: Path, dtype: torch.dtype | None) -> None:
