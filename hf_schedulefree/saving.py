@@ -81,7 +81,8 @@ class CheckpointMixin:
                 raise
             newest, _ = verify.find_committed(run_dir)
             logger.error(
-                f"Saving {destination} failed: {error}. Training goes on without this checkpoint; "
+                f"Saving {destination} failed: {files.write_error_text(error)}. "
+                + "Training goes on without this checkpoint; "
                 + (f"the newest whole one is {newest.folder}." if newest else "there is no other one yet.")
             )
             return None
@@ -153,7 +154,7 @@ class CheckpointMixin:
                 except Exception as error:
                     if not files.is_write_error(error):
                         raise
-                    errors.append(str(error))
+                    errors.append(files.write_error_text(error))
 
             return write_or_keep
 

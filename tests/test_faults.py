@@ -179,7 +179,10 @@ tiny_trainer(sys.argv[1], max_steps=4, save_steps=1, more={{"callbacks": [Limit(
         env={**os.environ, "PYTHONPATH": str(CAMPAIGN.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "checkpoint-2 failed" in done.stderr and "checkpoint-3 failed" in done.stderr, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if "failed: " in line]
+    assert len(errors) == 2, done.stderr[-3000:]
+    assert "checkpoint-2 failed: " in errors[0] and "File too large" in errors[0]
+    assert "checkpoint-3 failed: torch could not write a file to its end, as on a full disk" in errors[1]
     assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["checkpoint-1", "checkpoint-4"]
     assert latest_committed(tmp_path / "run") == str(tmp_path / "run/checkpoint-4")
 

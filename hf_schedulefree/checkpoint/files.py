@@ -83,6 +83,12 @@ def is_write_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in writer)
 
 
+def write_error_text(error: BaseException) -> str:
+    """What went wrong, for the log: torch.save tells only how many bytes of its file are missing."""
+    of_torch = isinstance(error, RuntimeError) and is_write_error(error)
+    return f"torch could not write a file to its end, as on a full disk ({error})" if of_torch else str(error)
+
+
 def _checkpoint_exception() -> type[BaseException]:
     # Its 74 modules are loaded when there is an error to look at: not by transformers 5.17 to 5.19, nor by most runs.
     from torch.distributed.checkpoint.api import CheckpointException
