@@ -419,7 +419,8 @@ class CheckpointMixin:
         found = self._chosen_by_writer(
             lambda: verify.verify_checkpoint(best) if (best / RECORD_NAME).exists() else None
         )
-        unseen = found is not None and bool(self._unseen_in(best, found.record))
+        recorded = self._of_all(found is not None)[0]
+        unseen = recorded and (found is None or bool(self._unseen_in(best, found.record)))
         shared = self._engine.each_loads and any(self._of_all(unseen))
         if not (shared and unseen):
             load()

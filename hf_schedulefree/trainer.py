@@ -253,8 +253,12 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         # The file holds x and nothing else belongs to it any more: the optimizer starts anew from it.
         if self._switch is None:
             return super()._load_best_model()
-        self._switch.show_x()
         checkpoint, load = self.state.best_model_checkpoint, super()._load_best_model
+        if not self._of_all(os.path.isdir(checkpoint))[0]:
+            # The Trainer would say something about nodes, and go on.
+            logger.warning(f"The best checkpoint, {checkpoint}, is gone: the model keeps x of the last step.")
+            return None
+        self._switch.show_x()
 
         def load_all() -> None:
             if adapters.has_adapter_folders(self.model, checkpoint):

@@ -1,6 +1,7 @@
 """The Trainer on an ordinary user's way: train, evaluate, save; warm-up and rate; and a drop-in otherwise."""
 
 import logging
+import shutil
 
 import pytest
 import schedulefree
@@ -276,6 +277,22 @@ def test_early_stopping_leaves_the_files_weights(tmp_path):
     assert loss == trainer.state.best_metric
     file = saved(trainer.state.best_model_checkpoint)
     assert same_bits({name: parameters(trainer.model)[name] for name in file}, file)
+
+
+class Tidy(TrainerCallback):
+    """Somebody makes room on the disk."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            shutil.rmtree(state.best_model_checkpoint)
+
+
+def test_without_the_best_checkpoint_the_run_keeps_its_own_end(tmp_path, caplog):
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = train(tmp_path / "run", trainer_options={"callbacks": [Tidy()]}, **often, **best)
+    assert any("is gone: the model keeps" in record.message for record in caplog.records)
+    assert same_bits(everything(trainer), everything(train(tmp_path / "other", **often)))
 
 
 # With any other optimizer it is the Trainer
