@@ -414,3 +414,47 @@ def test_state_that_is_made_in_inference_mode_can_be_stepped(dtype, implementati
         optimizer.step()
         ends.append([*weights(net).values(), late.detach(), later.detach()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_lazy_layer_is_trained_from_its_first_forward_pass_on(kind):
+    def build():
+        torch.manual_seed(0)
+        net = nn.ModuleDict({"used": nn.Linear(5, 3), "later": nn.LazyLinear(2)})
+        optimizer = CASES[kind].ours(net.parameters(), lr=CASES[kind].lr)
+        optimizer.train()
+        optimizer.eval()
+        optimizer.train()
+        return net, optimizer
+
+    def steps(net, optimizer, layers):
+        for i in range(4):
+            out = torch.linspace(-1, 1, 10).view(2, 5) + i
+            for name in layers:
+                out = net[name](out)
+            out.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net, optimizer = build()
+    steps(net, optimizer, ["used"])
+    alone = nn.Linear(5, 3)
+    alone.load_state_dict(build()[0]["used"].state_dict())
+    reference = CASES[kind].ours(alone.parameters(), lr=CASES[kind].lr)
+    reference.train()
+    steps({"used": alone}, reference, ["used"])
+    for mode in ("eval", "train"):
+        getattr(optimizer, mode)()
+        getattr(reference, mode)()
+        assert all(map(torch.equal, net["used"].parameters(), alone.parameters()))
+        assert set(optimizer.state_dict()["state"]) == {0, 1}
+    optimizer.eval()
+    net["later"](torch.ones(3))  # now it has a size, and a value
+    optimizer.train()
+    steps(net, optimizer, ["used", "later"])
+    y = weights(net)
+    optimizer.eval()
+    assert set(optimizer.state_dict()["state"]) == {0, 1, 2, 3}
+    assert not torch.equal(net["later"].weight, y["later.weight"])
+    optimizer.train()
+    assert_same(net, y)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hf_schedulefree.optim import averaging, capturable, hooks, kernels, pages, pieces, precision, sharding, switching
 from hf_schedulefree.optim.kernels import Implementation
@@ -186,7 +187,11 @@ class Modes:
         if self.implementation is not None:
             return self.implementation == "fused"
         params = [p for group in self.param_groups for p in group["params"]]
-        small = sum([p.numel() for p in params]) < kernels.COMPILED_FROM
+        try:
+            size = sum([p.numel() for p in params])
+        except ValueError:  # a layer that torch makes at its first forward pass (LazyLinear) has no size before
+            size = sum([p.numel() for p in params if not is_lazy(p)])
+        small = size < kernels.COMPILED_FROM
         return not small or any(p.dtype in precision.HALF_DTYPES for p in params)
 
     def restart(self) -> None:
