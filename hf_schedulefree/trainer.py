@@ -65,6 +65,11 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         model = args[0] if args else kwargs.get("model")
         arguments = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         schedule_free = arguments is not None and registry.spec_for(arguments) is not None
+        if schedule_free:
+            original = weights.compiled_in_place(model)
+            args = tuple(original if value is model else value for value in args)
+            kwargs = {name: original if value is model else value for name, value in kwargs.items()}
+            model = original
         with weights.optimizer_saves_allowed(model, arguments if schedule_free else None):
             super().__init__(*args, **kwargs)
         spec = registry.spec_for(self.args)

@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_schedulefree.optim import ScheduleFreeOptimizer
 from hf_schedulefree.weights.casts import casts_undone
-from hf_schedulefree.weights.checks import refuse_unsupported
+from hf_schedulefree.weights.checks import compiled_in_place, refuse_unsupported
 from hf_schedulefree.weights.engines import (
     Engine,
     engine_for,
@@ -39,6 +39,7 @@ __all__ = [
     "WeightSwitch",
     "averaged_weights",
     "casts_undone",
+    "compiled_in_place",
     "engine_for",
     "files_to_resume_from",
     "numbered_cpu_known",

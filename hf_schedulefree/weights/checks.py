@@ -60,8 +60,18 @@ def refuse_unsupported(
         _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
+def compiled_in_place(model: Any) -> Any:
+    """The model whose parameters have their own names, of what `torch.compile(model)` returned; others as they are."""
+    original = getattr(model, "_modules", {}).get("_orig_mod")  # of the model itself: adapters ask their base model
+    compiler = getattr(model, "dynamo_ctx", None)
+    if not hasattr(original, "save_pretrained") or not callable(compiler):
+        return model
+    original._compiled_call_impl = compiler(original._call_impl)  # what original.compile() does, with its options
+    return original
+
+
 def _check_names(model: nn.Module | None) -> None:
-    """Refuse what `torch.compile(model)` returns: from_pretrained knows no weights by its names.
+    """Refuse a model with parts that `torch.compile` returned: from_pretrained knows no weights by their names.
 
     Of an adapter inside, PEFT writes a file without a tensor, without a word.
     """
