@@ -27,9 +27,9 @@ except (ImportError, AttributeError, TypeError, RuntimeError):  # it is not publ
 
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
-# So many tensors are looked at before others may step them: few, as those threads wait for the first ones, and many
+# So many parameters are looked at before other threads may step them: few at first, as those wait for them, and then
 # enough for the calls that it takes.
-_AT_ONCE = 12
+_FIRST, _AT_ONCE = 6, 20
 
 # A group's states are found by their order if all states are at most so many times as many.
 _MANY = 8
@@ -81,9 +81,12 @@ class Made(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some of the tensors, as they were."""
+    """Some of the parameters with a gradient, and their tensors as they were."""
 
-    place: slice  # among the parameters with a gradient
+    y: list[Tensor]
+    # Where their states lie among all, unless these are few of them: to look each of them up takes longer, as torch
+    # computes hashes in Python.
+    places: Callable[[Sequence[Any]], Sequence[Any]] | None
     kinds: Kinds  # of the parameters, of each of their states, of the gradients
     addresses: list[int]  # but for those of the gradients
 
@@ -110,19 +113,16 @@ class RepeatedStep:
         self._dtype, self._device = self._y[0].dtype, self._y[0].device
         keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
         self._values = list(map(itemgetter, keys))
-        # Where the states lie among all, unless these are few of them: to look each of them up takes longer, as torch
-        # computes hashes in Python.
-        self._places = None
-        if len(states) <= _MANY * len(self._y):
-            order = {id(p): place for place, p in enumerate(states)}
-            self._places = _items([order[id(p)] for p in self._y])
-        at_once = _AT_ONCE if step is not None and self._device.type == "cpu" else len(self._y)
+        order = {id(p): place for place, p in enumerate(states)} if len(states) <= _MANY * self.count else None
+        overlaps = step is not None and self._device.type == "cpu"
+        firsts = [0, *(range(_FIRST, self.count, _AT_ONCE) if overlaps else ())]
         self._parts = []
-        for first in range(0, len(self._y), at_once):
-            place = slice(first, first + at_once)
+        for place in map(slice, firsts, [*firsts[1:], self.count]):
+            own = self._y[place]
             kept = list(chain.from_iterable(columns[key][place] for key in ("y", *keys)))
-            kinds = Kinds(kept + columns["grad"][place])
-            self._parts.append(_Part(place, kinds, list(map(Tensor.data_ptr, kept))))
+            kinds, addresses = Kinds(kept + columns["grad"][place]), list(map(Tensor.data_ptr, kept))
+            places = None if order is None else _items([order[id(p)] for p in own])
+            self._parts.append(_Part(own, places, kinds, addresses))
 
     @classmethod
     def of(cls, params: Sequence[Tensor], states: States, choices: Choices, *, compiled: bool) -> "RepeatedStep | None":
@@ -170,17 +170,8 @@ class RepeatedStep:
         """
         if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
             return Made()
-        try:
-            if self._places is None:
-                own = list(map(states.get, self._y))
-            elif _are_same(self._places(list(states)), self._y):
-                own = self._places(list(states.values()))
-            else:
-                return Made()
-        except IndexError:  # fewer states
-            return Made()
         if self._step is None:
-            found = next(self._looked_at(own), None)  # all are one part
+            found = next(self._looked_at(states), None)  # all are one part
             if found is None:
                 return Made()
             gradients, kept = found
@@ -191,7 +182,7 @@ class RepeatedStep:
             return Made()
         numbers, interruption = numbers.on(self._device), None
         try:
-            self._step((list(map(Tensor.data_ptr, gradients)) for gradients, _ in self._looked_at(own)), numbers)
+            self._step((list(map(Tensor.data_ptr, gradients)) for gradients, _ in self._looked_at(states)), numbers)
         except BaseException as error:
             interruption = error
         stepped = self._y[: self._step.stepped(numbers)]
@@ -199,13 +190,19 @@ class RepeatedStep:
             raise interruption
         return Made(stepped, interruption)
 
-    def _looked_at(self, states: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def _looked_at(self, states: States) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Part by part, the gradients and the other tensors; until one is not as it was."""
-        for place, kinds, addresses in self._parts:
-            y, own = self._y[place], states[place]
+        params, all_states = list(states), list(states.values())
+        for y, places, kinds, addresses in self._parts:
             try:
+                if places is None:
+                    own = list(map(states.get, y))
+                elif _are_same(places(params), y):
+                    own = places(all_states)
+                else:
+                    return
                 kept = list(chain(y, *(map(value, own) for value in self._values)))
-            except (KeyError, TypeError):  # a state without this; no state
+            except (IndexError, KeyError, TypeError):  # fewer states; a state without this; no state
                 return
             gradients = list(map(_gradient, y))
             if not kinds.are_those_of(kept + gradients) or list(map(Tensor.data_ptr, kept)) != addresses:

@@ -59,11 +59,12 @@ class OnePass:
         self._y, self._job, self._gradients = y, job, gradients
         self._worker_for, self._numbers_for = worker_for, numbers_for
         self._latest: StepNumbers | None = None
+        self._known = 0  # tensors whose addresses it was given for the latest step
 
     def __call__(self, batches: Iterable[Sequence[int]], numbers: StepNumbers) -> None:
         work, plain = self._worker_for(numbers), self._numbers_for(numbers)
         self._job.forget()
-        self._latest = numbers
+        self._known, self._latest = 0, numbers
         self._job.run(work, plain, ready=self._rows(batches))
 
     def _rows(self, batches: Iterable[Sequence[int]]) -> Iterator[int]:
@@ -71,11 +72,13 @@ class OnePass:
         for addresses in batches:
             rows, last = self._gradients.show(first, addresses), first + len(addresses)
             torch.autograd.graph.increment_version(self._y[first:last])  # as torch's own operations do, for autograd
+            self._known = first = last
             yield rows
-            first = last
 
     def stepped(self, numbers: StepNumbers) -> int:
-        return self._gradients.tensors(self._job.done) if numbers is self._latest else 0
+        if numbers is not self._latest:
+            return 0
+        return min(self._known, self._gradients.tensors(self._job.done))  # those without elements have no rows
 
 
 def kind_of(numbers: StepNumbers) -> int:
