@@ -17,7 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from prodigyplus import ProdigyPlusScheduleFree
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+    Trainer,
+)
 
 from hf_schedulefree.checkpoint import (
     CheckpointError,
@@ -546,6 +553,26 @@ def test_bfloat16_state_gives_x_in_full_precision(tmp_path):
     assert same(dict(loaded[0].state_dict()), narrow) and same(dict(loaded[1].state_dict()), wide)
     kept, changed = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "wide"))
     assert changed == kept | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o444], ids=["writable", "read-only"])
+def test_another_type_is_named_for_parts_that_are_loaded_alone(tmp_path, mode):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=64, dtype="bfloat16")
+    vision = SiglipVisionConfig(**sizes, image_size=8, patch_size=4, dtype="bfloat16")
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    weights, config = tmp_path / "in/model.safetensors", tmp_path / "in/config.json"
+    save_file(load_file(weights), weights, {"format": "pt", "schedule_free.weights": "x"})
+    before = json.loads(config.read_text())
+    before["quantization_config"] = {"dtype": "bfloat16"}  # in which something else is computed
+    config.write_text(json.dumps(before))
+    config.chmod(mode)
+    export_averaged(tmp_path / "in", tmp_path / "out", dtype=torch.float32)
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    parts = {name: before[name] | {"dtype": "float32"} for name in ("text_config", "vision_config")}
+    assert before["text_config"]["dtype"] == "bfloat16" and after == before | parts | {"dtype": "float32"}
+    assert json.loads(config.read_text()) == before
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

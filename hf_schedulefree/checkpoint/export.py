@@ -351,13 +351,20 @@ def _belongs_to_model(folder: Path) -> bool:
 
 
 def _name_dtype(config: Path, dtype: torch.dtype) -> None:
-    """`from_pretrained` casts the weights to the type that the configuration names."""
+    """`from_pretrained` casts the weights to the type that the configuration names.
+
+    It is that of a part (`text_config`) if only the part is loaded, as by AutoModelForCausalLM of an image model.
+    """
     if not config.is_file():
         return
     content = names.read_json(config)
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
+    named = False
+    for part in (content, *(value for value in content.values() if isinstance(value, dict) and "model_type" in value)):
+        for key in part.keys() & {"dtype", "torch_dtype"}:
+            part[key], named = str(dtype).removeprefix("torch."), True
     if named:
-        config.write_text(json.dumps(content | named, indent=2) + "\n", encoding="utf-8")
+        config.unlink()  # the copy of a file that cannot be written to is another such file
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(source: _Source, target: Path, dtype: torch.dtype | None) -> None:
