@@ -130,6 +130,12 @@ def spec_for(args: TrainingArguments) -> OptimizerSpec | None:
     return SPECS.get(getattr(args.optim, "value", args.optim))
 
 
+def names_schedule_free(args: TrainingArguments) -> bool:
+    """Whether `args.optim` is one of these, or of those that transformers takes from the `schedulefree` package."""
+    name = str(getattr(args.optim, "value", args.optim))
+    return name in SPECS or name.startswith("schedule_free")
+
+
 def register_optimizers() -> None:
     """Make every name of `SPECS` known to transformers. May be called any number of times.
 

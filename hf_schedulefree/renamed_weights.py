@@ -2,7 +2,8 @@
 
 Since version 5 transformers keeps the experts of a mixture in one tensor, and has other names than it had; it saves
 both in the former way, and `from_pretrained` converts them. The Trainer calls `load_state_dict`, which passes over what
-it does not know, and so leaves these weights as they are.
+it does not know, and so leaves these weights as they are. The same goes for what was saved of a model that
+`torch.compile(model)` returned, whose names have one part more.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ def renamed_weights_loaded(model: nn.Module, checkpoint: str) -> Iterator[None]:
     def load_converted(weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         nonlocal converted
         names = model.state_dict().keys()
+        weights = {name if name in names else _without_compiler(name): value for name, value in weights.items()}
         if converted is None and not weights.keys() <= names:
             converted = _converted(model, checkpoint)
         if converted is not None:
@@ -48,6 +50,10 @@ def renamed_weights_loaded(model: nn.Module, checkpoint: str) -> Iterator[None]:
         vars(model).pop("load_state_dict", None)
         if own is not None:
             model.load_state_dict = own
+
+
+def _without_compiler(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _converted(model: PreTrainedModel, checkpoint: str) -> dict[str, Tensor]:

@@ -279,8 +279,7 @@ class CheckpointMixin:
                 issubclass(optimizer_class, ScheduleFreeOptimizer)
                 or optimizer_class.__module__.partition(".")[0] == "schedulefree"
             )
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        return name in registry.SPECS or name.startswith("schedule_free")
+        return registry.names_schedule_free(self.args)
 
     def _choose_together(self, resume_from_checkpoint: str | bool) -> verify.VerifiedCheckpoint:
         """The checkpoint to resume from, in all processes: where each node saves, one that is whole on each."""

@@ -65,7 +65,7 @@ class ScheduleFreeMixin(LearningRateMixin, StreamedSaveMixin, CheckpointMixin):
         model = args[0] if args else kwargs.get("model")
         arguments = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         schedule_free = arguments is not None and registry.spec_for(arguments) is not None
-        if schedule_free:
+        if arguments is not None and registry.names_schedule_free(arguments):
             original = weights.compiled_in_place(model)
             args = tuple(original if value is model else value for value in args)
             kwargs = {name: original if value is model else value for name, value in kwargs.items()}

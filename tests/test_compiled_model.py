@@ -1,10 +1,13 @@
 """torch.compile around the model: the compiled code reads whichever of x and y the parameters hold now."""
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import close_to, make_trainer, parameters, same_bits, saved, tiny_llama, token_data, train, x_in_float64
 from torch.nn import functional
+from transformers import Trainer
 
 from hf_schedulefree.optim import AdamWScheduleFree
 
@@ -88,7 +91,8 @@ def test_an_optimizer_that_was_given_meets_the_same_refusal(tmp_path):
         make_trainer(tmp_path, model=model, **options)
 
 
-def test_what_torch_compile_returned_is_trained_and_saved_by_its_own_names(tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_schedulefree", "schedule_free_adamw"])
+def test_what_torch_compile_returned_is_trained_and_saved_by_its_own_names(tmp_path, optim):
     torch._dynamo.reset()
     calls = []
 
@@ -97,11 +101,33 @@ def test_what_torch_compile_returned_is_trained_and_saved_by_its_own_names(tmp_p
         return graph
 
     model = tiny_llama()
-    trainer = train(tmp_path, model=torch.compile(model, backend=backend), save_strategy="steps", save_steps=10)
+    options = {"optim": optim, "save_strategy": "steps", "save_steps": 10}
+    trainer = train(tmp_path, model=torch.compile(model, backend=backend), **options)
     assert trainer.model is model and calls
     trainer.save_model()
     assert same_bits(parameters(type(model).from_pretrained(tmp_path)), parameters(model))
-    assert close_to(saved(tmp_path / "checkpoint-10"), x_in_float64(trainer))
+    if optim == "adamw_schedulefree":
+        assert close_to(saved(tmp_path / "checkpoint-10"), x_in_float64(trainer))
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["resumed", "fresh optimizer"])
+@pytest.mark.parametrize("make", [compiled, lambda model: model], ids=["compiled", "plain"])
+def test_a_checkpoint_of_the_names_that_torch_compile_gives_is_read(tmp_path, fresh, make):
+    """The Trainer saved them, without the mixin; and would pass over them."""
+    torch._dynamo.reset()
+    options = {
+        "optim": "schedule_free_adamw",
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "remove_unused_columns": False,
+    }
+    train(tmp_path / "run", trainer_class=Trainer, model=compiled(tiny_llama()), **options)
+    file = saved(tmp_path / "run/checkpoint-10")
+    assert all(name.startswith("_orig_mod.") for name in file)
+    trainer = make_trainer(tmp_path / "again", model=make(tiny_llama(1)), **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-10"), fresh_optimizer=fresh)  # no step is left
+    with contextlib.nullcontext() if fresh else trainer.training_weights():  # the file holds y
+        assert same_bits(parameters(trainer.model), {name.removeprefix("_orig_mod."): p for name, p in file.items()})
 
 
 def test_what_torch_compile_returned_of_an_adapter_is_saved(tmp_path):
