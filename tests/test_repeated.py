@@ -1,5 +1,6 @@
 """The step that trusts the tensors of the step before: always what the step that looks at all of them does."""
 
+import contextlib
 import gc
 import importlib.util
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 from hf_schedulefree.optim import AdamWScheduleFree, base, kernels, repeated
 from hf_schedulefree.optim.kernels import jobs, threads
+from hf_schedulefree.optim.kernels.one_pass_cpu import OnePass
 from hf_schedulefree.optim.repeated import RepeatedStep
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba (the extra `fast`)")
@@ -583,6 +585,110 @@ def test_a_change_in_the_middle_leaves_what_was_stepped_alone(rows):
     other.optimizer._repeated.clear()
     other.step()
     assert same(run, other) and len(rows) == 7
+
+
+@needs_numba
+def test_what_was_stepped_before_a_refusal_is_not_stepped_again():
+    run, other = twins()
+    gradient = torch.randn(20_000)
+    for one in (run, other):
+        one.optimizer.zero_grad()
+        for p in one.params:
+            p.grad = torch.ones_like(p)
+    run.params[3].grad = gradient.to_sparse()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="sparse"):
+            run.optimizer.step()
+    run.params[3].grad, other.params[3].grad = gradient.clone(), gradient.clone()
+    for one in (run, other):
+        one.optimizer.step()
+    assert same(run, other)
+
+
+@needs_numba
+@pytest.mark.parametrize(("of", "name"), [(OnePass, "stepped"), (base.capturable, "set_counters")])
+def test_a_step_that_was_made_counts(of, name, monkeypatch):
+    """Whatever is interrupted between the kernel and the counters, it counts."""
+    run, other = twins()
+    function, calls = getattr(of, name), []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(of, name, interrupt)
+        run.step()
+    step_groups(run, [True, False])
+    other.step()
+    assert same(run, other)
+    for one in (run, other):
+        one.step()
+    assert same(run, other)
+
+
+@needs_numba
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_left_to_do_is_done_if_that_is_interrupted(count, monkeypatch):
+    torch.set_num_threads(count)
+    run, other = twins()
+    called, parallel = [], threads.run
+
+    def interrupted(*args):
+        called.append(args)
+        if len(called) == 1:
+            raise KeyboardInterrupt
+        parallel(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threads, "run", interrupted)
+        looks(patch, 4, lambda: time.sleep(0.3))
+        run.step()
+    step_groups(run, [True, False])
+    other.step()
+    assert same(run, other)
+
+
+@needs_numba
+def test_gradients_stay_in_memory_while_threads_read_them(monkeypatch):
+    """Also if a finalizer or another thread lets go of them meanwhile."""
+    monkeypatch.setattr(repeated, "_FIRST", 1)
+    monkeypatch.setattr(repeated, "_AT_ONCE", 1)
+    run, other = twins()
+    kept = []
+
+    def let_go():
+        gradient = weakref.ref(run.params[4].grad)
+        run.params[4].grad = None
+        kept.append(gradient())
+
+    with monkeypatch.context() as patch:
+        looks(patch, len(SHAPES), let_go)
+        run.step()
+    other.step()
+    assert kept[0] is not None and same(run, other)
+
+
+def test_a_region_that_was_not_begun_is_not_ended(monkeypatch):
+    ended = []
+
+    class Interrupted:
+        asked = 0
+
+        @property
+        def address(self):
+            self.asked += 1
+            if self.asked == 2:
+                raise KeyboardInterrupt
+            return id(self)
+
+    monkeypatch.setattr(threads, "_openmp_region", lambda: (lambda *args: None, lambda: ended.append(1)))
+    monkeypatch.setattr(threads, "_function", lambda address: lambda argument: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        threads.run_meanwhile(Interrupted(), 0, 2, lambda: ended.append(0), lambda: False)
+    assert ended in ([], [0, 1])
 
 
 def test_state_that_was_moved_elsewhere_is_freed():

@@ -390,13 +390,20 @@ class ScheduleFreeOptimizer(Modes, torch.optim.Optimizer):
             self.implementation, group["state_precision"], group["rounding_seed"], group["capturable"], first
         )
         repeated = self._repeated.get(id(group))
-        stepped, interruption = Made() if repeated is None else repeated(params, self.state, choices, numbers)
-        is_repeated = repeated is not None and len(stepped) == repeated.count
-        if not is_repeated:
-            self._convert_state(group, self._started(group))
-            self._step_rows(group, first, numbers, stepped)
-        capturable.set_counters(group, counters)  # only now: a step that could not be made does not count
-        if not is_repeated:
+        try:
+            stepped, interruption = Made() if repeated is None else repeated(params, self.state, choices, numbers)
+            is_repeated = repeated is not None and len(stepped) == repeated.count
+            if not is_repeated:
+                self._convert_state(group, self._started(group))
+                self._step_rows(group, first, numbers, stepped)
+            capturable.set_counters(group, counters)  # only now: a step that could not be made does not count
+        except BaseException:
+            if repeated is not None and repeated.is_made:
+                capturable.set_counters(group, counters)
+            raise
+        if is_repeated:
+            repeated.counted()
+        else:
             self._repeated[id(group)] = RepeatedStep.of(params, self.state, choices, compiled=self._one_pass)
         if interruption is not None:
             raise interruption

@@ -111,6 +111,7 @@ class RepeatedStep:
         self.count = len(self._y)  # of the parameters that it is made for
         self._resting = [p for p in params if p.grad is None]
         self._dtype, self._device = self._y[0].dtype, self._y[0].device
+        self._uncounted: StepNumbers | None = None  # of a step that was begun
         keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
         self._values = list(map(itemgetter, keys))
         order = {id(p): place for place, p in enumerate(states)} if len(states) <= _MANY * self.count else None
@@ -166,8 +167,14 @@ class RepeatedStep:
         """Make the step in place, for the first parameters for which it is the one, as the group is now.
 
         It is if the parameters are the same objects, and all tensors of the kinds and in the places they were: but for
-        the gradients, which may be in others.
+        the gradients, which may be in others. Those that it was made for before, though it was not `counted` as the
+        others could not be stepped, are not stepped again.
         """
+        if self._uncounted is not None and self._uncounted.k == numbers.on(self._device).k:
+            stepped = self._y[: self._step.stepped(self._uncounted)]
+            if stepped:
+                return Made(stepped)
+        self._uncounted = None
         if choices != self._choices or not _are_same(params, self._params) or any(map(_has_gradient, self._resting)):
             return Made()
         if self._step is None:
@@ -181,14 +188,26 @@ class RepeatedStep:
         if kernels.kernel_for(self._device, self._dtype) is not self._kernel:
             return Made()
         numbers, interruption = numbers.on(self._device), None
+        self._uncounted = numbers if numbers.are_plain else None
+        held: list[tuple[list[Tensor], list[Tensor]]] = []  # others may let go of them while threads work on them
+        looks = map(held.append, self._looked_at(states))
         try:
-            self._step((list(map(Tensor.data_ptr, gradients)) for gradients, _ in self._looked_at(states)), numbers)
+            self._step((list(map(Tensor.data_ptr, held[-1][0])) for _ in looks), numbers)
         except BaseException as error:
             interruption = error
         stepped = self._y[: self._step.stepped(numbers)]
         if interruption is not None and not stepped:
             raise interruption
         return Made(stepped, interruption)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it was made for all parameters, and is not yet `counted`."""
+        return self._uncounted is not None and self._step.stepped(self._uncounted) == self.count
+
+    def counted(self) -> None:
+        """The step that was made has become one of the group's finished ones."""
+        self._uncounted = None
 
     def _looked_at(self, states: States) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Part by part, the gradients and the other tensors; until one is not as it was."""

@@ -119,7 +119,11 @@ class Job:
         if ready is None:
             threads.run(work, self._argument, count)
         else:
-            threads.run_meanwhile(work, self._argument, count, lambda: self._write(ready), self._is_left)
+            try:
+                threads.run_meanwhile(work, self._argument, count, lambda: self._write(ready), self._is_left)
+            except BaseException:
+                threads.run(work, self._argument, 1)  # nothing is left to do, unless that was interrupted itself
+                raise
         return self._slots[COUNTED]
 
     def _write(self, ready: Iterable[int]) -> None:
@@ -136,7 +140,7 @@ class Job:
     @property
     def done(self) -> int:
         """How many rows the last run has worked on, also if it was interrupted."""
-        return self._slots[READY]
+        return min(self._slots[NEXT], self._slots[READY])  # those that were taken are done, or it had not returned
 
     def forget(self) -> None:
         """Have no row `done` until the next run."""

@@ -60,10 +60,11 @@ def run_meanwhile(
             run(work, argument, count)
         return
     begin, end = region
-    function = _function(work.address)
+    address = work.address  # where it is a property, that may be interrupted
+    function = _function(address)
     try:
         try:  # Python raises what interrupts it after a C function has returned: a region that has begun ends
-            begin(work.address, argument, count)
+            begin(address, argument, count)
             prepare()
             if not is_left():
                 function(argument)
