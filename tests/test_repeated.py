@@ -652,6 +652,22 @@ def test_what_is_left_to_do_is_done_if_that_is_interrupted(count, monkeypatch):
 
 
 @needs_numba
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_tensors_are_looked_at_first_where_one_thread_steps_them(count, monkeypatch):
+    """In parts that costs a twentieth of the step, and nobody works meanwhile."""
+    torch.set_num_threads(count)
+    run, _ = twins()
+    batches, make = [], OnePass.__call__
+
+    def counted(step, some, numbers):
+        make(step, (batches.append(batch) or batch for batch in some), numbers)
+
+    monkeypatch.setattr(OnePass, "__call__", counted)
+    run.step()
+    assert (len(batches) == len(run.optimizer.param_groups)) == (count == 1)
+
+
+@needs_numba
 def test_gradients_stay_in_memory_while_threads_read_them(monkeypatch):
     """Also if a finalizer or another thread lets go of them meanwhile."""
     monkeypatch.setattr(repeated, "_FIRST", 1)

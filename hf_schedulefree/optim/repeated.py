@@ -115,8 +115,7 @@ class RepeatedStep:
         keys = [key for key, some in columns.items() if some and key not in ("y", "grad")]
         self._values = list(map(itemgetter, keys))
         order = {id(p): place for place, p in enumerate(states)} if len(states) <= _MANY * self.count else None
-        overlaps = step is not None and self._device.type == "cpu"
-        firsts = [0, *(range(_FIRST, self.count, _AT_ONCE) if overlaps else ())]
+        firsts = [0, *(range(_FIRST, self.count, _AT_ONCE) if step is not None and step.overlaps else ())]
         self._parts = []
         for place in map(slice, firsts, [*firsts[1:], self.count]):
             own = self._y[place]

@@ -89,6 +89,11 @@ class Job:
         self._places = table.ctypes.data, ctypes.addressof(self._numbers)
         self._argument = ctypes.addressof(self._slots)
 
+    @property
+    def threads(self) -> int:
+        """How many work on it."""
+        return max(1, min(torch.get_num_threads(), self._elements // _ELEMENTS_PER_THREAD))
+
     def run(
         self,
         work: "threads.Work",
@@ -111,8 +116,7 @@ class Job:
         Returns:
             What the workers have counted.
         """
-        count = max(1, min(torch.get_num_threads(), self._elements // _ELEMENTS_PER_THREAD))
-        rows = len(self.table)
+        count, rows = self.threads, len(self.table)
         self._numbers[:] = numbers
         at_once = rows if count == 1 else min(self._at_once, max(1, rows // (count * _BLOCKS_PER_THREAD)))
         self._slots[:] = (0, rows, at_once, *self._places, counted, extra, rows if ready is None else 0, 0)

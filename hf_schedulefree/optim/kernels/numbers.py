@@ -82,15 +82,19 @@ class ReadyStep(Protocol):
     """A step that is ready to be made again and again, in place, over the tensors that it was made for.
 
     It keeps no tensor but the parameters.
+
+    Attributes:
+        overlaps: whether it would be made for the first tensors while the next gradients are asked for.
     """
+
+    overlaps: bool
 
     def __call__(self, batches: Iterable[Sequence[int]], numbers: StepNumbers) -> None:
         """Make it.
 
         Args:
             batches: the addresses of the gradients (contiguous, of their dtype, device and sizes) of the first tensors,
-                of the next ones ..., always in the same batches. It may be made for some while the next are asked for.
-                If they end early, it is made for those, or for none.
+                of the next ones ..., always in the same batches. If they end early, it is made for those, or for none.
             numbers: of the step.
         """
 

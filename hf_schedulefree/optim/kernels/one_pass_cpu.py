@@ -57,6 +57,7 @@ class OnePass:
         numbers_for: Callable[[StepNumbers], Sequence[float]],
     ):
         self._y, self._job, self._gradients = y, job, gradients
+        self.overlaps = job.threads > 1
         self._worker_for, self._numbers_for = worker_for, numbers_for
         self._latest: StepNumbers | None = None
         self._known = 0  # tensors whose addresses it was given for the latest step

@@ -80,6 +80,8 @@ class OnePass:
         options: of the kernel.
     """
 
+    overlaps = False
+
     def __init__(self, rows: Sequence[DenseRow], options: dict[str, Any]):
         self._params, self._columns, self._options = [row.y for row in rows], _columns(rows), options
         self._latest: StepNumbers | None = None
